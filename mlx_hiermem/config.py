@@ -1,0 +1,282 @@
+"""MemoryConfig: everything that describes a memory bank, in one flat dataclass.
+
+It is what ``memory/config.json`` holds. Nothing in here imports MLX, so that the
+command line can read a configuration without loading a backend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+FORMAT_VERSION = 1
+
+#: Bytes of one number in each dtype that a bank may be stored in.
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+#: Kinds of encoder: what turns a text into the vector that is routed.
+ENCODER_TYPES = ("embeddings", "bert")
+
+
+@dataclass(frozen=True)
+class AnchorShape:
+    """The sizes of an anchor that the size of a memory depends on.
+
+    Field names are those of a ``config.json``. ``head_dim`` is a field of its own:
+    in the paper's 160M anchor it is not ``hidden_size / num_attention_heads``.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, anchor: AnchorShape | Mapping[str, Any] | Any) -> AnchorShape:
+        """Read the shape from a ``config.json`` mapping, model arguments, or a model.
+
+        Raises:
+            ConfigError: a size is missing or is not a positive integer.
+        """
+        if isinstance(anchor, cls):
+            return anchor
+        source = getattr(anchor, "args", anchor)
+
+        def get(name: str) -> Any:
+            if isinstance(source, Mapping):
+                return source.get(name)
+            return getattr(source, name, None)
+
+        sizes = {f.name: get(f.name) for f in fields(cls)}
+        if sizes["head_dim"] is None and sizes["hidden_size"] and sizes["num_attention_heads"]:
+            sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(
+                    f"the anchor's config: {name} is {size!r}; expected a positive integer"
+                )
+        return cls(**sizes)
+
+
+def _ffn_row_widths(anchor: AnchorShape) -> tuple[int, ...]:
+    # One row each of M1, M2 and M3 (stored as rows), all as wide as the residual stream.
+    return (anchor.hidden_size,) * 3
+
+
+#: For each memory kind the widths of the rows that one unit of rank adds to one layer.
+#: A block of rank r is, for each layer and each entry, a matrix of (r, width).
+KINDS = {"ffn": _ffn_row_widths}
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Shape, placement and storage of a memory bank (the paper's *memory config*).
+
+    Attributes:
+        ranks: size multiplier of a block at each level, (r1, ..., rp); 0 means that the
+            level has no memory (section 2 of the paper; for FFN the added inner width).
+        kind: what a block does to a layer; one of ``KINDS``.
+        branching: k, children of each cluster.
+        levels: p, depth of the cluster tree. Defaults to ``len(ranks)``.
+        layers: indices of the anchor's layers that have memory; ``None`` means all.
+        encoder: what routes a text, ``{"type": ..., ...}``; see ``routing/encoder.py``.
+        dtype: dtype of the stored blocks.
+        quantization: how blocks are quantised; only ``None`` (not at all) in this version.
+        base_anchor: ``{"name": ..., "revision": ..., "shape": {...}}`` of the anchor that the
+            bank was trained with; ``shape`` holds the fields of :class:`AnchorShape`.
+        format_version: version of the folder format (docs/format.md).
+
+    Raises:
+        ConfigError: a value is unknown or contradicts another one.
+    """
+
+    ranks: tuple[int, ...]
+    kind: str = "ffn"
+    branching: int = 16
+    levels: int = 0
+    layers: tuple[int, ...] | None = None
+    encoder: Mapping[str, Any] = field(default_factory=lambda: {"type": "bert"})
+    dtype: str = "bfloat16"
+    quantization: Mapping[str, Any] | None = None
+    base_anchor: Mapping[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        def integers(name: str, low: int) -> None:
+            value = getattr(self, name)
+            if (
+                isinstance(value, str)
+                or not isinstance(value, Sequence)
+                or any(isinstance(v, bool) or not isinstance(v, int) or v < low for v in value)
+            ):
+                raise ConfigError(
+                    f"memory config: {name} is {value!r}; expected a list of integers >= {low}"
+                )
+            object.__setattr__(self, name, tuple(value))
+
+        if self.format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"memory config: format_version is {self.format_version!r}; this version of "
+                f"mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
+            )
+        integers("ranks", 0)
+        if not any(self.ranks):
+            raise ConfigError(
+                f"memory config: ranks is {list(self.ranks)}; at least one level needs a rank > 0"
+            )
+        if self.levels == 0:
+            object.__setattr__(self, "levels", len(self.ranks))
+        if self.levels != len(self.ranks):
+            raise ConfigError(
+                f"memory config: levels is {self.levels!r} but ranks has {len(self.ranks)} entries; "
+                "give one rank for each level"
+            )
+        if isinstance(self.branching, bool) or not isinstance(self.branching, int) or self.branching < 2:
+            raise ConfigError(
+                f"memory config: branching is {self.branching!r}; expected an integer >= 2"
+            )
+        if self.branching**self.levels >= 2**62:
+            raise ConfigError(
+                f"memory config: {self.branching}^{self.levels} clusters cannot be numbered; "
+                "use fewer levels or a smaller branching"
+            )
+        self._one_of("kind", KINDS)
+        self._one_of("dtype", DTYPE_BYTES)
+        if not isinstance(self.encoder, Mapping) or self.encoder.get("type") not in ENCODER_TYPES:
+            raise ConfigError(
+                f"memory config: encoder is {self.encoder!r}; expected an object whose type is "
+                f"one of {', '.join(ENCODER_TYPES)}"
+            )
+        if self.quantization is not None:
+            raise ConfigError(
+                f"memory config: quantization is {self.quantization!r}; this version reads banks "
+                "that are not quantised (null)"
+            )
+        if self.layers is not None:
+            integers("layers", 0)
+            if not self.layers or list(self.layers) != sorted(set(self.layers)):
+                raise ConfigError(
+                    f"memory config: layers is {list(self.layers)}; expected ascending layer "
+                    "indices without repeats, or null for all layers"
+                )
+        if self.base_anchor is not None:
+            if not isinstance(self.base_anchor, Mapping) or "shape" not in self.base_anchor:
+                raise ConfigError(
+                    "memory config: base_anchor has no shape; expected an object with name and shape"
+                )
+            self._check_layers(AnchorShape.of(self.base_anchor["shape"]))
+
+    def _one_of(self, name: str, known: Mapping[str, Any]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in known:
+            raise ConfigError(
+                f"memory config: {name} is {value!r}; known are {', '.join(sorted(known))}"
+            )
+
+    def _check_layers(self, anchor: AnchorShape) -> None:
+        if self.layers is not None and self.layers[-1] >= anchor.num_hidden_layers:
+            raise ConfigError(
+                f"memory config: layers names layer {self.layers[-1]}, but the anchor has "
+                f"{anchor.num_hidden_layers} layers (0 to {anchor.num_hidden_layers - 1})"
+            )
+
+    # ---- sizes -----------------------------------------------------------------------
+
+    def anchor_shape(self, anchor: Any = None) -> AnchorShape:
+        """The shape of ``anchor``, or of the base anchor when none is given."""
+        if anchor is None:
+            if self.base_anchor is None:
+                raise ConfigError(
+                    "memory config: base_anchor is null, so sizes are unknown; pass the anchor"
+                )
+            anchor = self.base_anchor["shape"]
+        return AnchorShape.of(anchor)
+
+    def memory_layers(self, anchor: Any = None) -> tuple[int, ...]:
+        """Indices of the anchor's layers that have memory."""
+        shape = self.anchor_shape(anchor)
+        self._check_layers(shape)
+        return tuple(range(shape.num_hidden_layers)) if self.layers is None else self.layers
+
+    def clusters(self, level: int) -> int:
+        """Clusters of ``level`` (levels count from 1): k^l."""
+        return self.branching**level
+
+    @property
+    def memory_levels(self) -> tuple[int, ...]:
+        """The levels that have memory (rank > 0), counted from 1."""
+        return tuple(level for level, rank in enumerate(self.ranks, 1) if rank)
+
+    def row_widths(self, anchor: Any = None) -> tuple[int, ...]:
+        """Widths of the matrices of one block, layer after layer: each is (rank, width)."""
+        per_layer = KINDS[self.kind](self.anchor_shape(anchor))
+        return per_layer * len(self.memory_layers(anchor))
+
+    def block_size(self, level: int, anchor: Any = None) -> int:
+        """s_l: numbers in one block of ``level``."""
+        return self.ranks[level - 1] * sum(self.row_widths(anchor))
+
+    def fetch_size(self, anchor: Any = None) -> int:
+        """Numbers in one fetched memory: the sum of s_l over the levels."""
+        return sum(self.ranks) * sum(self.row_widths(anchor))
+
+    def bank_size(self, anchor: Any = None) -> int:
+        """Numbers in the whole bank: the sum of s_l * k^l. The generic memory is not counted."""
+        return sum(
+            self.block_size(level, anchor) * self.clusters(level) for level in self.memory_levels
+        )
+
+    def block_bytes(self, level: int, anchor: Any = None) -> int:
+        """Bytes of one stored block of ``level``."""
+        return self.block_size(level, anchor) * DTYPE_BYTES[self.dtype]
+
+    # ---- files -----------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MemoryConfig:
+        """Build from a mapping; unknown and missing keys are named in a ConfigError."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"memory config: expected a JSON object, found {type(values).__name__}"
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"memory config: unknown key {', '.join(unknown)}; known keys are "
+                f"{', '.join(sorted(known))}"
+            )
+        if "ranks" not in values:
+            raise ConfigError("memory config: ranks is missing; give one rank for each level")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that ``from_dict`` and JSON take."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> MemoryConfig:
+        """Read ``memory/config.json``; errors name the file."""
+        path = Path(path)
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: no such file; expected the config.json of a memory folder"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: not valid JSON ({error}); write it again") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write ``memory/config.json`` (not atomically: ``bank.layout`` does that for a bank)."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
