@@ -134,16 +134,15 @@ class MemoryConfig:
             object.__setattr__(self, "levels", len(self.ranks))
         if self.levels != len(self.ranks):
             raise ConfigError(
-                f"memory config: levels is {self.levels!r} but ranks has {len(self.ranks)} entries; "
-                "give one rank for each level"
+                f"memory config: levels is {self.levels!r} but ranks has {len(self.ranks)} "
+                "entries; give one rank for each level"
             )
-        if isinstance(self.branching, bool) or not isinstance(self.branching, int) or self.branching < 2:
+        k = self.branching
+        if isinstance(k, bool) or not isinstance(k, int) or k < 2:
+            raise ConfigError(f"memory config: branching is {k!r}; expected an integer >= 2")
+        if k**self.levels >= 2**62:
             raise ConfigError(
-                f"memory config: branching is {self.branching!r}; expected an integer >= 2"
-            )
-        if self.branching**self.levels >= 2**62:
-            raise ConfigError(
-                f"memory config: {self.branching}^{self.levels} clusters cannot be numbered; "
+                f"memory config: {k}^{self.levels} clusters cannot be numbered; "
                 "use fewer levels or a smaller branching"
             )
         self._one_of("kind", KINDS)
@@ -168,7 +167,7 @@ class MemoryConfig:
         if self.base_anchor is not None:
             if not isinstance(self.base_anchor, Mapping) or "shape" not in self.base_anchor:
                 raise ConfigError(
-                    "memory config: base_anchor has no shape; expected an object with name and shape"
+                    "memory config: base_anchor has no shape; expected an object with name, shape"
                 )
             self._check_layers(AnchorShape.of(self.base_anchor["shape"]))
 

@@ -1,0 +1,72 @@
+"""The safetensors files of this room: float32 tensors, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..errors import FormatError
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write float32 tensors to ``path``: under a temporary name, fsynced, then renamed.
+
+    A crash at any moment leaves the old file or the new one, never a part of one.
+    """
+    path = Path(path)
+    data = save(
+        {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()},
+        {"format": "mlx", **(metadata or {})},
+    )
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    # The rename itself is durable only once the directory is on disk.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read the float32 tensors and the metadata of ``path``.
+
+    Raises:
+        FormatError: the file is missing or damaged, or a tensor is not float32 or not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file; expected a safetensors file")
+    tensors = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():
+                dtype = file.get_slice(name).get_dtype()
+                if dtype != "F32":
+                    raise FormatError(f"{path}: tensor {name} has dtype {dtype}; expected F32")
+                tensors[name] = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{path}: not a readable safetensors file ({reason})") from None
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise FormatError(
+                f"{path}: tensor {name} holds a value that is not finite; get the file again"
+            )
+    return tensors, metadata
