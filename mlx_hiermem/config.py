@@ -120,7 +120,7 @@ class MemoryConfig:
                 )
             object.__setattr__(self, name, tuple(value))
 
-        if self.format_version != FORMAT_VERSION:
+        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"memory config: format_version is {self.format_version!r}; this version of "
                 f"mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
@@ -132,7 +132,7 @@ class MemoryConfig:
             )
         if self.levels == 0:
             object.__setattr__(self, "levels", len(self.ranks))
-        if self.levels != len(self.ranks):
+        if type(self.levels) is not int or self.levels != len(self.ranks):
             raise ConfigError(
                 f"memory config: levels is {self.levels!r} but ranks has {len(self.ranks)} "
                 "entries; give one rank for each level"

@@ -1,0 +1,60 @@
+# `make demo` and `make test` work in a fresh clone: each makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint format atlas clean system browser
+
+demo: $(VENV)/.demo
+	$(BIN)/mlx_hiermem demo
+
+test: $(VENV)/.dev browser
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev browser
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Trains the model that ships from nothing and writes it to mlx_hiermem/assets/atlas.
+atlas: $(VENV)/.dev
+	$(BIN)/python -m apps.atlas build --seed 0
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# Editable, so that the sources of this folder are what runs.
+$(VENV)/.demo: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install -e '.[dev]'
+	@touch $@
+
+$(BIN)/pip: | system
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# Best effort: what pip cannot install, where apt-get exists and asks for no password.
+# OpenBLAS is what MLX's CPU backend needs to be fast; Chromium runs the tests of the demo page.
+system:
+	@$(PYTHON) -c 'import ensurepip' || $(call apt,python3-venv)
+	@[ "$$(uname)" != Linux ] || $(PYTHON) -c 'import ctypes; ctypes.CDLL("libopenblas.so.0")' \
+	  2>/dev/null || $(call apt,libopenblas0-pthread)
+
+browser:
+	@command -v chromium >/dev/null || $(call apt,chromium)
+
+apt = { echo "$(1) is missing: trying apt-get"; sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  command -v apt-get >/dev/null && { $$sudo apt-get update -qq; \
+	  $$sudo apt-get install -y -qq --no-install-recommends $(1) >/dev/null; } || \
+	  echo "$(1) could not be installed; going on without it"; }
