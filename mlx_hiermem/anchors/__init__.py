@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as _load_model
+from mlx_lm.utils import load_tokenizer as _load_tokenizer
 
+from ..config import AnchorShape
 from ..errors import ConfigError, FormatError
 from . import openlm
+
+#: What no weight is stored as: they are floating-point, or quantised and packed in uint32 (with
+#: scales in uint8 in some modes).
+_WRONG_DTYPES = (
+    mx.bool_, mx.int8, mx.int16, mx.int32, mx.int64, mx.uint16, mx.uint64, mx.complex64,
+)  # fmt: skip
 
 
 def get_model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
@@ -31,19 +41,72 @@ def load_anchor(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         ConfigError, FormatError: the config or the weights are missing, damaged or do not fit.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    _check_config(folder)
+    try:
+        model, config = _load_model(folder, lazy=False, get_model_classes=get_model_classes)
+    except Exception as error:  # a wrong value in config.json may fail anywhere in mlx-lm
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise FormatError(
+            f"{folder}: the anchor cannot be loaded ({reason}); fetch or convert it again"
+        ) from error
+    for name, array in tree_flatten(model.parameters()):
+        if array.dtype in _WRONG_DTYPES:
+            raise FormatError(
+                f"{folder}: the anchor's {name} is stored as {array.dtype}; expected "
+                "floating-point or quantised weights; fetch or convert it again"
+            )
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)
+    model.eval()
+    return model, config
+
+
+def _check_config(folder: Path) -> None:
+    """Raise ConfigError where the values of ``config.json`` that everyone needs are wrong."""
+    path = folder / "config.json"
+    if not path.is_file():
         raise ConfigError(
             f"{folder}: no config.json; expected a model folder (config.json, model*.safetensors, "
             "tokenizer files, memory/)"
         )
     try:
-        model, config = _load_model(folder, lazy=False, get_model_classes=get_model_classes)
-    except (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{path}: no model_type; expected the config.json of an mlx-lm model")
+    length = config.get("max_position_embeddings")
+    if length is not None and (type(length) is not int or length < 2):
+        raise ConfigError(
+            f"{path}: max_position_embeddings is {length!r}; expected the longest context in "
+            "tokens, or no such key"
+        )
+    if config["model_type"] == "openlm":
+        try:
+            AnchorShape.of(config)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def load_anchor_tokenizer(folder: str | Path, config: dict[str, Any]) -> Any:
+    """mlx-lm's tokenizer wrapper for the tokenizer of a model folder.
+
+    Args:
+        config: the anchor's ``config.json``; ``eos_token_id`` in it ends an answer.
+
+    Raises:
+        FormatError: the tokenizer is missing or damaged.
+    """
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if config.get("model_type") == "openlm":
+        from transformers import PretrainedConfig
+
+        # transformers does not know the architecture, and would warn about that on each load.
+        options["config"] = PretrainedConfig()
+    try:
+        return _load_tokenizer(Path(folder), options, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = " ".join(str(error).split())[:200]
         raise FormatError(
-            f"{folder}: the anchor cannot be loaded ({reason}); fetch or convert it again"
+            f"{folder}: the tokenizer cannot be loaded ({reason}); fetch or convert the model again"
         ) from error
-    if mx.default_device() == mx.cpu:
-        model.set_dtype(mx.float32)
-    model.eval()
-    return model, config

@@ -9,7 +9,7 @@ What is notable about it:
 
 Names follow mlx-lm's models (``embed_tokens``, ``self_attn``, ``mlp.gate_proj``), so quantisation,
 adapters and caches of mlx-lm apply. OpenLM's own names are the converter's business.
-Sources: section 3 and appendix A of the paper; open_lm/model.py and norms.py of mlfoundations/open_lm.
+Sources: section 3 and appendix A of the paper; model.py and norms.py of mlfoundations/open_lm.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models import cache as mlx_lm_cache
 
 from ..config import AnchorShape, MemoryConfig
 from ..errors import ConfigError
@@ -29,6 +29,19 @@ class _CallMemory(threading.local):
     """The memory of the call that is being traced, per thread; one (B, 3, R, d) per layer."""
 
     layers: Sequence[mx.array] | None = None
+
+
+class ArraysCache(mlx_lm_cache.ArraysCache):
+    """mlx-lm's ``ArraysCache``, whose ``extract`` fails where nothing is set: where memory is off.
+
+    ``BatchGenerator`` extracts each sequence that ends. The name is kept because
+    ``save_prompt_cache`` writes it down and ``load_prompt_cache`` looks it up in mlx-lm.
+    """
+
+    def extract(self, idx: int) -> ArraysCache:
+        entry = ArraysCache(len(self.cache))
+        entry.cache = [None if one is None else one[idx : idx + 1] for one in self.cache]
+        return entry
 
 
 class MemoryModel(nn.Module):
@@ -108,7 +121,7 @@ class MemoryModel(nn.Module):
         if hasattr(self.anchor, "make_cache"):
             entries = self.anchor.make_cache()
         else:
-            entries = [KVCache() for _ in self.layers]
+            entries = [mlx_lm_cache.KVCache() for _ in self.layers]
         return [*entries, ArraysCache(1)]
 
 
@@ -126,7 +139,8 @@ def attach(anchor: nn.Module, config: MemoryConfig) -> MemoryModel:
             "use the anchor that the bank belongs to"
         )
     model = MemoryModel(anchor, config)
-    for position, index in enumerate(config.memory_layers(shape)):
+    widened = []  # all are checked before the first is changed
+    for index in config.memory_layers(shape):
         mlp = getattr(anchor.layers[index], "mlp", None)
         if mlp is None or any(not hasattr(mlp, p) for p in ("gate_proj", "up_proj", "down_proj")):
             raise ConfigError(
@@ -135,6 +149,8 @@ def attach(anchor: nn.Module, config: MemoryConfig) -> MemoryModel:
             )
         if hasattr(type(mlp), "anchor_class"):
             raise ConfigError(f"layer {index} of the anchor has a memory already; load it afresh")
+        widened.append(mlp)
+    for position, mlp in enumerate(widened):
         mlp.__class__ = _widened(type(mlp), model._call, position)
     return model
 

@@ -3,8 +3,8 @@
 For a layer with x (B, T, d) the memory adds M3 (act(M1 x) * M2 x) to the anchor's FFN output, which
 is the same as concatenating M1, M2 and M3 to the anchor's matrices (section 2 of the paper).
 
-A block of rank r is (L, 3, r, d): for each of the L layers with memory M1, M2 and M3, each as r rows
-of width d. The blocks of all levels are joined along r.
+A block of rank r is (L, 3, r, d): for each of the L layers with memory M1, M2 and M3, each as r
+rows of width d. The blocks of all levels are joined along r.
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ class BankRows:
             for level in config.memory_levels
         }
 
-    def gather(self, leaves: np.ndarray) -> tuple[dict[int, np.ndarray], list[mx.array], list[mx.array]]:
+    def gather(
+        self, leaves: np.ndarray
+    ) -> tuple[dict[int, np.ndarray], list[mx.array], list[mx.array]]:
         """Each distinct row of a batch once.
 
         Args:

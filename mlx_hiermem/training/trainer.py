@@ -120,9 +120,10 @@ class Trainer:
     ):
         with_memory = config.regime != "anchor"
         if with_memory != isinstance(model, MemoryModel):
+            needed = "a model with memories" if with_memory else "a bare anchor"
             raise TrainingError(
-                f"regime {config.regime} needs {'a model with memories' if with_memory else 'a bare anchor'}"
-                f", got {type(model).__name__}; see memories.attach and memories.detach"
+                f"regime {config.regime} needs {needed}, got {type(model).__name__}; see "
+                "memories.attach and memories.detach"
             )
         self.model, self.corpus, self.config = model, corpus, config
         self.rows, self.generic = rows, generic
@@ -183,7 +184,9 @@ class Trainer:
             seconds = time.perf_counter() - started
             yield StepReport(step + 1, loss, self.config.rate(step), norm, count / seconds)
 
-    def _step(self, tokens: np.ndarray, leaves: np.ndarray, rate: float) -> tuple[float, float, int]:
+    def _step(
+        self, tokens: np.ndarray, leaves: np.ndarray, rate: float
+    ) -> tuple[float, float, int]:
         """One optimizer step; returns loss, gradient norm before clipping, tokens predicted."""
         use_generic = self._rng.random(len(leaves)) < self._generic_probability
         ids: dict[int, np.ndarray] = {}

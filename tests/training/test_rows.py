@@ -54,3 +54,4 @@ def test_rows_that_are_not_visited_do_not_change_and_keep_their_own_count():
     # way tells its own number of steps.
     moved = before[3] - rows.levels[3].values
     assert np.allclose(moved[6], 0.2, atol=1e-5) and np.allclose(moved[7], 0.1, atol=1e-5)
+    assert np.allclose(before[1][1] - rows.levels[1].values[1], 0.3, atol=1e-5)
