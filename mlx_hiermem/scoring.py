@@ -1,0 +1,120 @@
+"""Log-probabilities of texts under a model with memories, in batches.
+
+One batch may hold a different memory for each sequence. Sequences are padded at the end, where the
+causal mask keeps the padding from being seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .engine import Memory, MemoryLM
+
+
+def score(
+    lm: MemoryLM, pairs: Sequence[tuple[str, str]], memories: Sequence[mx.array | None]
+) -> list[tuple[float, bool]]:
+    """Score continuations after contexts, as one batch.
+
+    Args:
+        pairs: (context, continuation).
+        memories: per pair a joined memory (1, L, 3, R, d), or None for memory off; either all of
+            them are None or none is.
+
+    Returns:
+        Per pair the continuation's log-probability in nats, and whether it is the greedy one.
+
+    Raises:
+        InputError: a context or continuation has no token, or the two are longer than the context.
+    """
+    rows, starts = [], []
+    for context, continuation in pairs:
+        tokens, start = split_tokens(lm, context, continuation)
+        if lm.context_length is not None and len(tokens) > lm.context_length:
+            raise InputError(
+                f"context and continuation have {len(tokens)} tokens; the context of this model "
+                f"ends at {lm.context_length}; shorten them"
+            )
+        rows.append(tokens)
+        starts.append(start)
+    logprobs, greedy = _token_scores(lm, rows, memories)
+    results = []
+    for row, start, values, is_best in zip(rows, starts, logprobs, greedy, strict=True):
+        # Position t predicts token t + 1.
+        of_continuation = slice(start - 1, len(row) - 1)
+        results.append((float(values[of_continuation].sum()), bool(is_best[of_continuation].all())))
+    return results
+
+
+def split_tokens(lm: MemoryLM, context: str, continuation: str) -> tuple[list[int], int]:
+    """Tokens of context and continuation together, and where the continuation starts.
+
+    The text is tokenised as a whole, so that the border falls as it does in ordinary text; where
+    tokens would span the border the two are tokenised apart.
+    """
+    head = lm.tokenize(context)
+    tokens = lm.tokenize(context + continuation)
+    if tokens[: len(head)] != head:
+        tokens = head + list(lm.tokenizer.encode(continuation, add_special_tokens=False))
+    if not head or len(tokens) == len(head):
+        raise InputError(
+            f"context {context[:40]!r} and continuation {continuation[:40]!r}: each needs at least "
+            "one token"
+        )
+    return tokens, len(head)
+
+
+def perplexity(lm: MemoryLM, texts: Sequence[str], memory: Memory, batch_size: int = 16) -> float:
+    """Perplexity per token: exp of the mean negative log-probability of all but first tokens."""
+    windows, memories = [], []
+    for text in texts:
+        tokens = lm.tokenize(text)
+        length = lm.context_length or len(tokens)
+        fetched = lm.fetch(memory, text).memory
+        for start in range(0, len(tokens), length):
+            if len(window := tokens[start : start + length]) > 1:
+                windows.append(window)
+                memories.append(fetched)
+    if not windows:
+        raise InputError("the texts hold no two tokens in a row; perplexity needs longer ones")
+    total, count = 0.0, 0
+    for start in range(0, len(windows), batch_size):
+        rows = windows[start : start + batch_size]
+        logprobs, _ = _token_scores(lm, rows, memories[start : start + batch_size])
+        for row, values in zip(rows, logprobs, strict=True):
+            total -= float(values[: len(row) - 1].sum())
+            count += len(row) - 1
+    return math.exp(total / count)
+
+
+def _token_scores(
+    lm: MemoryLM, rows: Sequence[Sequence[int]], memories: Sequence[mx.array | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of each next token (B, T - 1) float32, and whether it is the likeliest."""
+    length = max(map(len, rows))
+    tokens = np.zeros((len(rows), length), np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    given = [memory for memory in memories if memory is not None]
+    if given and len(given) != len(rows):
+        raise InputError("a batch is scored with memory on or off for all; split it in two")
+    memory = None
+    if given:
+        # One memory for all needs no copy for each sequence.
+        same = all(other is given[0] for other in given)
+        memory = given[0] if same else mx.concatenate(given)
+    batch = mx.array(tokens)
+    logits = lm.model(batch[:, :-1], memory=memory).astype(mx.float32)  # (B, T - 1, V)
+    targets = batch[:, 1:]
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    logprobs = chosen - mx.logsumexp(logits, axis=-1)
+    greedy = logits.argmax(axis=-1) == targets
+    return np.array(logprobs), np.array(greedy)
