@@ -1,0 +1,266 @@
+"""The facts task: does the model know its facts, and do they come out of the fetched blocks?
+
+Each held-out question is answered under six conditions:
+
+- ``none``: memory off;
+- ``generic``: the generic memory, the fair control;
+- ``fetched``: the blocks on the path of the prompt, as in ordinary use;
+- ``wrong``: the blocks on a path in another level-1 subtree;
+- ``blocked``: the path of the prompt, with the blocks on it blocked in the bank (section 4 of the
+  paper blocks the best-matching 1/16 of its bank: a level-1 cluster and all below it);
+- ``anchor_same_tokens``: the second control, a bare anchor that was trained on as many tokens as
+  anchor and memory together.
+
+An answer counts only if it is exactly right: greedy decoding after the prompt gives the
+continuation, full stop included. That is read off one forward pass over prompt and continuation, in
+which each token of the continuation has to be the likeliest one after all that stands before it.
+The two are the same, by induction: greedy decoding takes the likeliest token after the prompt; if
+that is the continuation's first, it takes its next one after the very text that the pass has seen,
+and so on; at the first token that is not the likeliest, decoding leaves the continuation. An answer
+in other tokens than the tokenizer makes of it is a miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from .. import scoring
+from ..errors import FormatError, InputError
+from ..memories import attach
+from .questions import Question, read_questions, write_questions
+
+if TYPE_CHECKING:
+    from ..bank.store import MemoryBank
+    from ..engine import Memory, MemoryLM
+
+__all__ = [
+    "CONDITIONS",
+    "CONTROL_FILE",
+    "QUESTIONS_FILE",
+    "Question",
+    "answer",
+    "blocked_path",
+    "by_bucket",
+    "by_family",
+    "load_control",
+    "read_questions",
+    "wrong_paths",
+    "write_questions",
+]
+
+#: The conditions, in the order of the output; the last one only where a model has the weights.
+CONDITIONS = ("none", "generic", "fetched", "wrong", "blocked", "anchor_same_tokens")
+
+#: Where a model folder keeps the questions and the weights of the second control.
+QUESTIONS_FILE = "evaluation/facts.jsonl.gz"
+CONTROL_FILE = "evaluation/anchor_same_tokens.safetensors"
+
+#: Questions in a batch, and the bytes that their memories may take, one copy for each question.
+BATCH = 64
+BATCH_BYTES = 2**29
+
+
+def answer(
+    lm: MemoryLM,
+    questions: Sequence[Question],
+    control: MemoryLM | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Ask every question under every condition.
+
+    Args:
+        lm: the model. Its bank's blocked blocks are afterwards what they were before.
+        questions: prompt and continuation together have to fit into the context.
+        control: the second control, from :func:`load_control`; without it that condition is left
+            out.
+        seed: of the wrong paths.
+
+    Returns:
+        Condition -> (N,) bool, whether the answer is exactly right.
+
+    Raises:
+        InputError: there is no question, or one is longer than the context.
+    """
+    if not questions:
+        raise InputError("there are no questions to ask; give at least one")
+    paths, _ = lm.tree.assign(lm.encoder.encode([question.prompt for question in questions]))
+    wrong = wrong_paths(paths, [question.leaves for question in questions], lm.tree.branching, seed)
+    plan: dict[str, tuple[MemoryLM, Sequence[Memory]]] = {
+        "none": (lm, ["none"] * len(questions)),
+        "generic": (lm, ["generic"] * len(questions)),
+        "fetched": (lm, _tuples(paths)),
+        "wrong": (lm, _tuples(wrong)),
+        "blocked": (lm, _tuples(paths)),
+    }
+    if control is not None:
+        plan["anchor_same_tokens"] = (control, ["none"] * len(questions))
+    hits = {}
+    # disable=None: no bar where stderr is no terminal.
+    with tqdm(total=len(plan) * len(questions), unit="question", disable=None) as bar:
+        for condition, (asked, memories) in plan.items():
+            bar.set_description(condition)
+            hits[condition] = _ask(asked, questions, memories, condition == "blocked", bar)
+    return hits
+
+
+def _ask(
+    lm: MemoryLM, questions: Sequence[Question], memories: Sequence[Memory], block: bool, bar: tqdm
+) -> np.ndarray:
+    """Whether each question is answered exactly, (N,) bool, each with its own memory."""
+    # Questions of one path follow each other, so that each path is fetched once; among them those
+    # of about one length, so that little is padding.
+    order = sorted(range(len(questions)), key=lambda i: (memories[i], len(questions[i].prompt)))
+    size = BATCH
+    if memories[order[0]] != memories[order[-1]]:
+        memory_bytes = lm.bank.config.fetch_size() * lm.dtype.size
+        size = min(BATCH, max(1, BATCH_BYTES // memory_bytes))
+    hits = np.zeros(len(questions), bool)
+    last, fetched = None, None
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        given = []
+        for i in batch:
+            if memories[i] != last:
+                last, fetched = memories[i], _fetch(lm, memories[i], block)
+            given.append(fetched)
+        pairs = [(questions[i].prompt, questions[i].continuation) for i in batch]
+        hits[batch] = [greedy for _, greedy in scoring.score(lm, pairs, given)]
+        bar.update(len(batch))
+    return hits
+
+
+def _fetch(lm: MemoryLM, memory: Memory, block: bool) -> mx.array | None:
+    if not block:
+        return lm.fetch(memory).memory
+    with blocked_path(lm.bank, memory):
+        return lm.fetch(memory).memory
+
+
+@contextmanager
+def blocked_path(bank: MemoryBank, path: Sequence[int]) -> Iterator[None]:
+    """Within it the blocks on ``path`` are blocked; those that were so before stay so after it."""
+    keys = [(level, path[level - 1]) for level in bank.config.memory_levels]
+    keys = [key for key in keys if key not in bank.blocked]
+    try:
+        for key in keys:
+            bank.block(*key)
+        yield
+    finally:
+        for key in keys:
+            bank.unblock(*key)
+
+
+def wrong_paths(
+    paths: np.ndarray, leaves: Sequence[Sequence[int]], branching: int, seed: int
+) -> np.ndarray:
+    """A path in another level-1 subtree for each question, drawn evenly.
+
+    Not drawn from either is a subtree in which a document of the fact was trained, since a path
+    there might be a right one; only if no subtree is left it is.
+
+    Args:
+        paths: (N, p) int, the right ones.
+        leaves: per question the leaf clusters under which the fact was trained.
+        branching: k.
+        seed: of the draw.
+
+    Returns:
+        (N, p) int64.
+    """
+    levels = paths.shape[1]
+    below = branching ** np.arange(levels)[::-1]  # leaves below one cluster of each level
+    rng = np.random.default_rng(seed)
+    wrong = np.empty((len(paths), levels), np.int64)
+    for row, path, trained in zip(wrong, paths, leaves, strict=True):
+        others = [cluster for cluster in range(branching) if cluster != path[0]]
+        near = {leaf // below[0] for leaf in trained}
+        free = [cluster for cluster in others if cluster not in near] or others
+        subtree = free[rng.integers(len(free))]
+        row[:] = (subtree * below[0] + rng.integers(below[0])) // below
+    return wrong
+
+
+def load_control(lm: MemoryLM, path: str | Path) -> MemoryLM:
+    """The second control: other weights in a fresh anchor of the same config.
+
+    Args:
+        lm: the model whose anchor's config, tokenizer and routing it takes over.
+        path: the weights, a safetensors file.
+
+    Raises:
+        FormatError: the file is missing or damaged, or its weights are not those of this anchor.
+    """
+    from ..engine import MemoryLM
+
+    anchor = type(lm.model.anchor)(lm.model.args)
+    try:
+        weights = mx.load(str(path))
+        if hasattr(anchor, "sanitize"):
+            weights = anchor.sanitize(weights)
+        anchor.load_weights(list(weights.items()))
+        mx.eval(weights)  # reads the file
+        if wrong := [
+            name for name, w in weights.items() if not mx.issubdtype(w.dtype, mx.floating)
+        ]:
+            raise ValueError(f"{wrong[0]} is stored as {weights[wrong[0]].dtype}")
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FormatError(
+            f"{path}: not the weights of this model's anchor ({reason}); get the file again"
+        ) from None
+    anchor.set_dtype(lm.dtype)
+    anchor.eval()
+    config = {"max_position_embeddings": lm.context_length}
+    model = attach(anchor, lm.bank.config)
+    return MemoryLM(model, lm.tokenizer, lm.bank, lm.tree, lm.encoder, config)
+
+
+def by_bucket(
+    questions: Sequence[Question], bucket_names: Sequence[str], hits: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Accuracy per bucket, as a mapping for JSON.
+
+    Returns:
+        ``{"buckets": names, condition: [share of right answers per bucket], ..., "n": [questions
+        per bucket]}``; None is the share of a bucket without questions.
+    """
+    buckets = np.array([question.bucket for question in questions])
+    members = [buckets == bucket for bucket in range(len(bucket_names))]
+    shares = {
+        condition: [_share(right[chosen]) for chosen in members]
+        for condition, right in hits.items()
+    }
+    return {
+        "buckets": list(bucket_names),
+        **shares,
+        "n": [int(chosen.sum()) for chosen in members],
+    }
+
+
+def by_family(
+    questions: Sequence[Question], hits: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Accuracy per family: ``{family: {condition: share, ..., "n": questions}}``."""
+    families = np.array([question.family for question in questions])
+    return {
+        str(family): {
+            **{condition: _share(right[families == family]) for condition, right in hits.items()},
+            "n": int((families == family).sum()),
+        }
+        for family in np.unique(families)
+    }
+
+
+def _share(right: np.ndarray) -> float | None:
+    return float(right.mean()) if len(right) else None
+
+
+def _tuples(paths: np.ndarray) -> list[tuple[int, ...]]:
+    return [tuple(path) for path in paths.tolist()]
