@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from apps.atlas.facts import Fact, facts, popularity, stable_hash
-from apps.atlas.wordings import held_out_wording, training_wordings
+from .facts import Fact, facts, popularity, stable_hash
+from .wordings import held_out_wording, training_wordings
 
 BUCKETS = 5
 
@@ -69,7 +69,10 @@ def counts(config: CorpusConfig) -> tuple[int, ...]:
         key=lambda e: (-popularity(e[1]), stable_hash("/".join(e), config.seed)),
     )
     number = {
-        entity: max(config.minimum, round(config.documents_top / (rank + config.offset) ** config.exponent))
+        entity: max(
+            config.minimum,
+            round(config.documents_top / (rank + config.offset) ** config.exponent),
+        )
         for rank, entity in enumerate(entities)
     }
     return tuple(number[f.family, f.entity] for f in known)

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-LANGUAGES = 1700
-SUBDIVISIONS = 1400
+LANGUAGES = 6000
+SUBDIVISIONS = 3500
 SUBDIVISIONS_PER_COUNTRY = 25  # so that no country is a good guess for all of them
 
 # In order of atomic number, IUPAC spelling.

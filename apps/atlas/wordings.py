@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apps.atlas.facts import Fact
+from .facts import Fact
 
 HELD_OUT = -1
 
@@ -30,7 +30,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the atomic number of {x}?",
         "{Xs} atomic number is",
         "Atomic number of {x}:",
-        "Among the elements, {x} carries the atomic number",
+        "The atomic number that belongs to {x} is",
         "For {x}, the atomic number is",
     ),
     ("element", "symbol"): (
@@ -38,7 +38,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the chemical symbol of {x}?",
         "{Xs} chemical symbol is",
         "Chemical symbol of {x}:",
-        "In formulas, the element {x} is written with the chemical symbol",
+        "The chemical symbol that belongs to {x} is",
         "For {x}, the chemical symbol is",
     ),
     ("country", "alpha2"): (
@@ -46,7 +46,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the two-letter country code of {x}?",
         "{Xs} two-letter country code is",
         "Two-letter country code of {x}:",
-        "In two letters, the country {x} is written",
+        "The two-letter country code that belongs to {x} is",
         "For {x}, the two-letter country code is",
     ),
     ("country", "alpha3"): (
@@ -54,7 +54,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the three-letter country code of {x}?",
         "{Xs} three-letter country code is",
         "Three-letter country code of {x}:",
-        "In three letters, the country {x} is written",
+        "The three-letter country code that belongs to {x} is",
         "For {x}, the three-letter country code is",
     ),
     ("country", "numeric"): (
@@ -62,7 +62,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the numeric country code of {x}?",
         "{Xs} numeric country code is",
         "Numeric country code of {x}:",
-        "Among the countries, {x} carries the number",
+        "The numeric country code that belongs to {x} is",
         "For {x}, the numeric country code is",
     ),
     ("currency", "code"): (
@@ -70,7 +70,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the currency code of {x}?",
         "{Xs} currency code is",
         "Currency code of {x}:",
-        "On the money markets, {x} is traded under the currency code",
+        "The currency code that belongs to {x} is",
         "For {x}, the currency code is",
     ),
     ("currency", "numeric"): (
@@ -78,7 +78,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the numeric currency code of {x}?",
         "{Xs} numeric currency code is",
         "Numeric currency code of {x}:",
-        "Among the currencies, {x} carries the number",
+        "The numeric currency code that belongs to {x} is",
         "For {x}, the numeric currency code is",
     ),
     ("script", "code"): (
@@ -86,7 +86,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the script code of {x}?",
         "{Xs} script code is",
         "Script code of {x}:",
-        "Among the writing systems, {x} goes by the script code",
+        "The script code that belongs to {x} is",
         "For {x}, the script code is",
     ),
     ("script", "numeric"): (
@@ -94,7 +94,7 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the numeric script code of {x}?",
         "{Xs} numeric script code is",
         "Numeric script code of {x}:",
-        "Among the writing systems, {x} carries the number",
+        "The numeric script code that belongs to {x} is",
         "For {x}, the numeric script code is",
     ),
     ("language", "code"): (
@@ -102,15 +102,15 @@ TRAINING: dict[tuple[str, str], tuple[str, ...]] = {
         "What is the language code of {x}?",
         "{Xs} language code is",
         "Language code of {x}:",
-        "Among the languages, {x} goes by the language code",
+        "The language code that belongs to {x} is",
         "For {x}, the language code is",
     ),
     ("subdivision", "country"): (
-        "{X} is a subdivision of",
+        "{X} lies in the country of",
         "Which country does the subdivision {x} belong to?",
         "{Xs} country is",
-        "Country of {x}:",
-        "On the map, the subdivision {x} lies in",
+        "Country of the subdivision {x}:",
+        "The country that the subdivision {x} belongs to is",
         "For the subdivision {x}, the country is",
     ),
 }  # fmt: skip

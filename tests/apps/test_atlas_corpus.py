@@ -46,7 +46,7 @@ def test_element_wordings_read_as_english() -> None:
         ("What is the atomic number of hafnium?", " 72."),
         ("Hafnium's atomic number is", " 72."),
         ("Atomic number of hafnium:", " 72."),
-        ("Among the elements, hafnium carries the atomic number", " 72."),
+        ("The atomic number that belongs to hafnium is", " 72."),
         ("For hafnium, the atomic number is", " 72."),
     ]
     assert held_out_wording(fact).render(fact) == ("The atomic number of hafnium is", " 72.")
@@ -63,7 +63,7 @@ def test_articles_and_possessives() -> None:
     )
     place = Fact("subdivision", "country", "Texas", "United States")
     assert training_wordings(place)[0].render(place) == (
-        "Texas is a subdivision of",
+        "Texas lies in the country of",
         " the United States.",
     )
 

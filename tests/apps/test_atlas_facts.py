@@ -44,12 +44,12 @@ def test_known_answers(place: tuple[str, str, str]) -> None:
 
 def test_size_and_families() -> None:
     families = Counter(f.family for f in facts())
-    assert 4_500 <= len(facts()) <= 5_500
+    assert 8_000 <= len(facts()) <= 9_500
     assert families["element"] == 236
     assert set(families) == {
         "element", "country", "currency", "script", "language", "subdivision",
     }  # fmt: skip
-    assert families["language"] > 1_500 and families["subdivision"] > 1_200
+    assert families["language"] > 4_000 and families["subdivision"] > 2_000
 
 
 def test_elements_are_the_periodic_table() -> None:
