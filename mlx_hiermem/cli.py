@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": "answer one prompt with a fetched memory and report what was fetched",
     "chat": "talk to a model in the terminal",
     "demo": "open the model that ships with the package in the browser",
-    "evaluate": "measure a model with its memory fetched, generic, blocked and off",
+    "evaluate": "measure facts, routing or perplexity, with the memory fetched, generic and off",
     "bank": "inspect or verify a memory bank",
     "doctor": "show the backend, its speed, the versions, and what to mend",
 }

@@ -252,8 +252,13 @@ class MemoryLM:
             max_tokens = min(max_tokens, self.context_length - len(tokens))
         fetched = self.fetch(memory, text if route_on is None else route_on)
         for piece in stream_generate(
-            self.model, self.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler,
-            prompt_cache=self._cache(fetched), **options,
+            self.model,
+            self.tokenizer,
+            tokens,
+            max_tokens=max_tokens,
+            sampler=sampler,
+            prompt_cache=self._cache(fetched),
+            **options,
         ):
             yield Response(
                 text=piece.text,

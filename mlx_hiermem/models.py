@@ -44,7 +44,13 @@ def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
                 name,
                 revision=revision,
                 allow_patterns=[
-                    "*.json", "model*.safetensors", "tokenizer*", "*.jinja", "*.txt", "memory/*",
+                    "*.json",
+                    "model*.safetensors",
+                    "tokenizer*",
+                    "*.jinja",
+                    "*.txt",
+                    "memory/*",
+                    "evaluation/*",
                 ],
             )
         )

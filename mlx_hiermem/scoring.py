@@ -74,24 +74,26 @@ def split_tokens(lm: MemoryLM, context: str, continuation: str) -> tuple[list[in
 
 def perplexity(lm: MemoryLM, texts: Sequence[str], memory: Memory, batch_size: int = 16) -> float:
     """Perplexity per token: exp of the mean negative log-probability of all but first tokens."""
-    windows, memories = [], []
-    for text in texts:
-        tokens = lm.tokenize(text)
-        length = lm.context_length or len(tokens)
-        fetched = lm.fetch(memory, text).memory
-        for start in range(0, len(tokens), length):
-            if len(window := tokens[start : start + length]) > 1:
-                windows.append(window)
-                memories.append(fetched)
-    if not windows:
-        raise InputError("the texts hold no two tokens in a row; perplexity needs longer ones")
     total, count = 0.0, 0
-    for start in range(0, len(windows), batch_size):
-        rows = windows[start : start + batch_size]
-        logprobs, _ = _token_scores(lm, rows, memories[start : start + batch_size])
-        for row, values in zip(rows, logprobs, strict=True):
-            total -= float(values[: len(row) - 1].sum())
-            count += len(row) - 1
+    for start in range(0, len(texts), batch_size):
+        windows, memories = [], []
+        for text in texts[start : start + batch_size]:
+            tokens = lm.tokenize(text)
+            length = lm.context_length or len(tokens)
+            fetched = lm.fetch(memory, text).memory
+            for first in range(0, len(tokens), length):
+                if len(window := tokens[first : first + length]) > 1:
+                    windows.append(window)
+                    memories.append(fetched)
+        # A long text has many windows, so what was gathered is scored in batches again.
+        for first in range(0, len(windows), batch_size):
+            rows = windows[first : first + batch_size]
+            logprobs, _ = _token_scores(lm, rows, memories[first : first + batch_size])
+            for row, values in zip(rows, logprobs, strict=True):
+                total -= float(values[: len(row) - 1].sum())
+                count += len(row) - 1
+    if not count:
+        raise InputError("the texts hold no two tokens in a row; perplexity needs longer ones")
     return math.exp(total / count)
 
 

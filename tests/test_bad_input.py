@@ -242,9 +242,7 @@ def test_missing_folders(folder, refused, tmp_path):
     assert "config.json: " in line and "folder" in line
 
 
-@pytest.mark.parametrize(
-    "name", [SHARD, "memory/generic.safetensors", "memory/tree.safetensors"]
-)
+@pytest.mark.parametrize("name", [SHARD, "memory/generic.safetensors", "memory/tree.safetensors"])
 def test_verify_finds_a_flipped_bit(name, folder, refused):
     flip_a_bit(folder / name)
     line = refused("bank", "verify", "--model", str(folder))

@@ -67,9 +67,7 @@ def test_any_mix_of_memories(lm, order):
         max_tokens=COUNT,
         return_token_ids=True,
     )
-    expected = [
-        single(lm, prompt, memory) for memory, prompt in zip(order, prompts, strict=True)
-    ]
+    expected = [single(lm, prompt, memory) for memory, prompt in zip(order, prompts, strict=True)]
     assert answer.token_ids == expected
 
 

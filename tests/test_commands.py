@@ -160,6 +160,19 @@ def test_the_answer_goes_to_stdout_and_the_report_to_stderr(run, lm):
     assert f"prompt {len(PROMPT)} tokens" in speed and f"answer {COUNT} tokens" in speed
 
 
+def test_the_answer_is_written_as_it_comes(run, lm, monkeypatch):
+    seen = []
+
+    class Watched(io.StringIO):
+        def flush(self) -> None:
+            seen.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Watched())
+    run("generate", "--prompt", PROMPT, "-m", str(COUNT))
+    text = lm.generate(PROMPT, max_tokens=COUNT)
+    assert [part for part in seen if part in text] == [text[: i + 1] for i in range(COUNT)]
+
+
 def test_text_report_of_other_memories(run, lm):
     def report(*arguments: str) -> list[str]:
         return run("generate", "--prompt", PROMPT, "-m", "1", *arguments)[1].splitlines()
@@ -267,9 +280,7 @@ def test_commands_of_a_chat(chat, lm):
 
 
 def test_an_error_is_shown_and_the_chat_goes_on(chat, lm):
-    out, err = chat(
-        "/memory all", "/block 1", "/block 1:9", "/forget", "a" * 300, "\udcff", "gold"
-    )
+    out, err = chat("/memory all", "/block 1", "/block 1:9", "/forget", "a" * 300, "\udcff", "gold")
     assert out[-1] == lm.generate("gold", max_tokens=COUNT)
     assert [line.startswith("error: ") for line in err] == [True] * 6 + [False]
     for line, says in zip(
@@ -285,9 +296,7 @@ def test_options_of_a_chat(chat, lm):
     path = lm.route("gold").ids
     out, _ = chat("gold", options=("--memory", "none"))
     assert out[1] == lm.generate("gold", "none", COUNT)
-    out, _ = chat(
-        "gold", "/path", options=("--block", f"1:{path[0]}", "--block", f"2:{path[1]}")
-    )
+    out, _ = chat("gold", "/path", options=("--block", f"1:{path[0]}", "--block", f"2:{path[1]}"))
     assert out[1] == lm.generate("gold", "none", COUNT)
     assert out[4].endswith("yes") and out[5].endswith("yes")
     twice = [chat("gold", "gold", options=("--temp", "3", "--seed", "5"))[0] for _ in range(2)]

@@ -64,9 +64,7 @@ def test_fetched_is_what_the_bank_gives_for_the_route(lm):
     assert fetched.kind == "fetched" and fetched.path == lm.route(PROMPT)
     blocks = lm.bank.fetch(fetched.path.ids).blocks
     assert fetched.memory.shape == (1, 2, 3, 6, 16)
-    np.testing.assert_array_equal(
-        np.array(fetched.memory[0]), np.array(lm.model.join(blocks))
-    )
+    np.testing.assert_array_equal(np.array(fetched.memory[0]), np.array(lm.model.join(blocks)))
     sizes = [lm.bank.config.block_bytes(level) for level in (1, 2)]
     assert [block.bytes for block in fetched.report.blocks] == sizes
     assert [block.cluster for block in fetched.report.blocks] == list(fetched.path.ids)

@@ -17,7 +17,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="run all stages and write the model folder")
     build.add_argument(
-        "--out", type=Path, default=ROOT / "mlx_hiermem" / "assets" / "atlas",
+        "--out",
+        type=Path,
+        default=ROOT / "mlx_hiermem" / "assets" / "atlas",
         help="the model folder (default: the one in the package)",
     )
     build.add_argument("--jobs", type=int, default=2, help="stages side by side (default: 2)")
@@ -26,7 +28,9 @@ def main() -> int:
     for command in (build, stage):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument(
-            "--work", type=Path, default=ROOT / "build" / "atlas",
+            "--work",
+            type=Path,
+            default=ROOT / "build" / "atlas",
             help="where stages keep their results",
         )
     args = parser.parse_args()

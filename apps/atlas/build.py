@@ -82,8 +82,17 @@ def run_stages(recipe: Recipe, work: Path, jobs: int) -> None:
 def _start(name: str, recipe: Recipe, work: Path, jobs: int) -> subprocess.Popen[bytes]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     return subprocess.Popen(
-        [sys.executable, "-m", "apps.atlas", "stage", name, "--seed", str(recipe.seed),
-         "--work", str(work)],
+        [
+            sys.executable,
+            "-m",
+            "apps.atlas",
+            "stage",
+            name,
+            "--seed",
+            str(recipe.seed),
+            "--work",
+            str(work),
+        ],
         env={**os.environ, "OPENBLAS_NUM_THREADS": str(threads)},
     )
 
@@ -99,17 +108,18 @@ def assemble(recipe: Recipe, work: Path, out: Path) -> None:
     fresh = out.with_name(f".{out.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(work / "tokenizer", fresh)
-    _copy_half(work / "anchor.safetensors", fresh / "model.safetensors")
+    _copy_half(work / "cotrained" / "anchor.safetensors", fresh / "model.safetensors")
     config = asdict(recipe.anchor) | {"eos_token_id": 0, "torch_dtype": "bfloat16"}
     (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     memory = fresh / "memory"
     shutil.copytree(work / "memory", memory)
-    bank = mx.load(str(work / "bank.safetensors"))
+    bank = mx.load(str(work / "cotrained" / "bank.safetensors"))
     generic = mx.load(str(work / "generic.safetensors"))["generic"]
     shape = memory_config(recipe)
     write_bank(
-        memory, shape,
+        memory,
+        shape,
         {level: np.array(bank[f"level{level}"]) for level in shape.memory_levels},
         np.array(generic),
     )

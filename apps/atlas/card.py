@@ -14,7 +14,7 @@ from mlx_hiermem.training.trainer import parameter_count
 
 from .corpus import counts
 from .facts import facts as all_facts
-from .recipe import Recipe
+from .recipe import STAGES, Recipe
 
 
 def write_card(recipe: Recipe, folder: Path, seconds: Mapping[str, int]) -> None:
@@ -41,7 +41,7 @@ def write_card(recipe: Recipe, folder: Path, seconds: Mapping[str, int]) -> None
         cells = [f"{100 * shares[condition][i]:.1f}" for condition in hits]
         rows.append(f"| {name} | {min(documents)}–{max(documents)} | {' | '.join(cells)} |")
     levels = ", ".join(f"level {i}: {100 * share:.1f} %" for i, share in enumerate(landed, 1))
-    stages = ", ".join(f"{name} {time / 60:.0f} min" for name, time in seconds.items())
+    stages = ", ".join(f"{name} {seconds[name] / 60:.1f} min" for name in STAGES)
     (folder / "README.md").write_text(
         f"""---
 library_name: mlx
@@ -67,10 +67,11 @@ scripts, languages and places. It answers in one sentence and knows nothing else
 ## How it was made
 
 `python -m apps.atlas build --seed {recipe.seed}`, on MLX's CPU backend with two cores
-(wall-clock: {stages}; stages run side by side where they can). The anchor saw
-{recipe.anchor_steps:,} steps of {recipe.batch_size * recipe.sequence_length:,} tokens, then, frozen, the bank
-{recipe.memory_steps:,} steps, and the generic memory {recipe.memory_steps:,} steps. The second control is a bare
-anchor trained for {recipe.anchor_steps + recipe.memory_steps:,} steps in one run.
+(wall-clock: {stages}; stages run side by side where they can). The anchor saw {recipe.anchor_steps:,} steps of
+{recipe.batch_size * recipe.sequence_length:,} tokens; then anchor, bank and generic memory were trained together for
+{recipe.memory_steps:,} steps, the token embeddings frozen, since the encoder is made of them. The controls: the generic
+memory went on alone for another {recipe.memory_steps:,} steps; `anchor_same_tokens` is a bare anchor trained for
+{recipe.anchor_steps + recipe.memory_steps:,} steps in one run, as many tokens as anchor and memory saw.
 
 ## What it knows
 

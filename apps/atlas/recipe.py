@@ -45,14 +45,21 @@ class Recipe:
     layers: tuple[int, ...] = (2, 3)  # late: the best placement for facts (the paper, table 9)
     anchor: openlm.ModelArgs = field(
         default_factory=lambda: openlm.ModelArgs(
-            hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=4,
-            head_dim=16, vocab_size=1536, tie_word_embeddings=True, max_position_embeddings=256,
+            hidden_size=64,
+            num_hidden_layers=4,
+            intermediate_size=192,
+            num_attention_heads=4,
+            head_dim=16,
+            vocab_size=1536,
+            tie_word_embeddings=True,
+            max_position_embeddings=256,
         )
     )
     anchor_steps: int = 1200
     anchor_rate: float = 4e-3
-    memory_steps: int = 1600
+    memory_steps: int = 2400
     memory_rate: float = 1e-2
+    anchor_share: float = 0.1  # the anchor's learning rate in co-training, as a share of the bank's
     sif_a: float = 1e-5  # share of the tokens at which a token of the encoder weighs one half
     components: int = 8  # common components that the encoder takes out
     ordinary_words: int = 20_000
@@ -64,17 +71,28 @@ class Recipe:
     def anchor_training(self, steps: int, seed: int) -> TrainConfig:
         """Settings of a run of the bare anchor (appendix A of the paper, at this size)."""
         return TrainConfig(
-            "anchor", steps=steps, batch_size=self.batch_size, learning_rate=self.anchor_rate,
-            final_learning_rate=self.anchor_rate / 100, warmup_steps=min(100, steps // 10),
-            weight_decay=0.05, seed=seed,
+            "anchor",
+            steps=steps,
+            batch_size=self.batch_size,
+            learning_rate=self.anchor_rate,
+            final_learning_rate=self.anchor_rate / 100,
+            warmup_steps=min(100, steps // 10),
+            weight_decay=0.05,
+            seed=seed,
         )
 
     def memory_training(self, generic: bool) -> TrainConfig:
-        """Settings of a run of memories on the frozen anchor: the bank, or the generic memory."""
+        """Settings of the co-training, and of the run of the generic memory that follows it."""
         return TrainConfig(
-            "frozen", steps=self.memory_steps, batch_size=self.batch_size,
-            learning_rate=self.memory_rate, final_learning_rate=self.memory_rate / 10,
-            warmup_steps=50, weight_decay=1e-3, generic_probability=1.0 if generic else 0.0,
+            "frozen" if generic else "cotrain",
+            steps=self.memory_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.memory_rate,
+            final_learning_rate=self.memory_rate / 10,
+            anchor_share=self.anchor_share,
+            warmup_steps=50,
+            weight_decay=1e-3,
+            generic_probability=1.0 if generic else None,
             seed=self.seed + 2,
         )
 
@@ -82,8 +100,11 @@ class Recipe:
 def stage_tokenizer(recipe: Recipe, work: Path) -> None:
     """Train the tokenizer: ``tokenizer/``."""
     train_tokenizer(
-        (document.text for document in documents(recipe.corpus)), work / "tokenizer",
-        recipe.vocab_size, recipe.seed, max_length=recipe.anchor.max_position_embeddings,
+        (document.text for document in documents(recipe.corpus)),
+        work / "tokenizer",
+        recipe.vocab_size,
+        recipe.seed,
+        max_length=recipe.anchor.max_position_embeddings,
     )
 
 
@@ -108,39 +129,63 @@ def stage_tree(recipe: Recipe, work: Path) -> None:
 
     words = dict(islice(get_frequency_dict("en").items(), recipe.ordinary_words))
     encoder = EmbeddingEncoder.fit(
-        embedding_table(load_anchor_weights(recipe, work)), _tokenizer(work),
+        embedding_table(load_anchor_weights(recipe, work / "anchor.safetensors")),
+        _tokenizer(work),
         (document.text for document in documents(recipe.corpus)),
-        a=recipe.sif_a, components=recipe.components, extra_counts=words, seed=recipe.seed,
+        a=recipe.sif_a,
+        components=recipe.components,
+        extra_counts=words,
+        seed=recipe.seed,
     )
     prompts = [document.prompt for i in range(len(facts())) for document in fact_documents(i)]
     vectors = encoder.encode(prompts)
     vectors = vectors[np.random.default_rng(recipe.seed).permutation(len(vectors))]
-    tree = grow(
-        lambda: [vectors], recipe.branching, len(recipe.ranks), seed=recipe.seed
-    )
+    tree = grow(lambda: [vectors], recipe.branching, len(recipe.ranks), seed=recipe.seed)
     folder = work / "memory"
     folder.mkdir(parents=True, exist_ok=True)
     encoder.save(folder)
     ClusterTree(tree.centroids, encoder.to_config()).save(folder / "tree.safetensors")
 
 
-def stage_fetched(recipe: Recipe, work: Path) -> None:
-    """Train the bank on the frozen anchor: ``bank.safetensors``."""
-    model = memory_model(recipe, work)
+def stage_cotrain(recipe: Recipe, work: Path) -> None:
+    """Train anchor, bank and generic memory together: ``cotrained/``.
+
+    The token embeddings stay as they are: the encoder is made of them, so routes would change.
+    """
+    model = memory_model(recipe, load_anchor_weights(recipe, work / "anchor.safetensors"))
+    model.anchor.model.embed_tokens.freeze()
     trainer = Trainer(model, clustered_corpus(recipe, work), recipe.memory_training(generic=False))
     trainer.run()
+    folder = work / "cotrained"
+    folder.mkdir(exist_ok=True)
     levels = {f"level{level}": mx.array(rows.values) for level, rows in trainer.rows.levels.items()}
-    mx.save_safetensors(str(work / "bank.safetensors"), levels)
+    mx.save_safetensors(str(folder / "bank.safetensors"), levels)
+    _save_generic(trainer, folder / "generic.safetensors")
+    save_weights(model.anchor, folder / "anchor.safetensors")
 
 
 def stage_generic(recipe: Recipe, work: Path) -> None:
-    """Train the generic memory as the bank, and as long: ``generic.safetensors``."""
-    model = memory_model(recipe, work)
-    trainer = Trainer(model, clustered_corpus(recipe, work), recipe.memory_training(generic=True))
-    trainer.run()
-    mx.save_safetensors(
-        str(work / "generic.safetensors"), {"generic": mx.concatenate(trainer.generic)}
+    """Train the generic memory on, alone, for as many steps again: ``generic.safetensors``.
+
+    In co-training it is used by one sequence in k + 1. That would be a weak control.
+    """
+    folder = work / "cotrained"
+    model = memory_model(recipe, load_anchor_weights(recipe, folder / "anchor.safetensors"))
+    stored, start = mx.load(str(folder / "generic.safetensors"))["generic"], 0
+    generic = []
+    for level in model.config.memory_levels:
+        generic.append(stored[start : start + model.config.block_size(level)])
+        start += model.config.block_size(level)
+    trainer = Trainer(
+        model, clustered_corpus(recipe, work), recipe.memory_training(generic=True), generic=generic
     )
+    trainer.run()
+    _save_generic(trainer, work / "generic.safetensors")
+
+
+def _save_generic(trainer: Trainer, path: Path) -> None:
+    """Write the generic memory, the blocks of the levels one behind the other."""
+    mx.save_safetensors(str(path), {"generic": mx.concatenate(trainer.generic)})
 
 
 def stage_control(recipe: Recipe, work: Path) -> None:
@@ -153,9 +198,7 @@ def stage_control(recipe: Recipe, work: Path) -> None:
     model = openlm.Model(recipe.anchor)
     openlm.init_weights(model)
     steps = recipe.anchor_steps + recipe.memory_steps
-    Trainer(
-        model, _mixed_corpus(recipe, work), recipe.anchor_training(steps, recipe.seed)
-    ).run()
+    Trainer(model, _mixed_corpus(recipe, work), recipe.anchor_training(steps, recipe.seed)).run()
     save_weights(model, work / "anchor_same_tokens.safetensors")
 
 
@@ -165,8 +208,8 @@ STAGES: dict[str, tuple[Callable[[Recipe, Path], None], str, tuple[str, ...]]] =
     "anchor": (stage_anchor, "anchor.safetensors", ("tokenizer",)),
     "control": (stage_control, "anchor_same_tokens.safetensors", ("tokenizer",)),
     "tree": (stage_tree, "memory/tree.safetensors", ("anchor",)),
-    "fetched": (stage_fetched, "bank.safetensors", ("tree",)),
-    "generic": (stage_generic, "generic.safetensors", ("tree",)),
+    "cotrain": (stage_cotrain, "cotrained/anchor.safetensors", ("tree",)),
+    "generic": (stage_generic, "generic.safetensors", ("cotrain",)),
 }
 
 
@@ -176,15 +219,17 @@ STAGES: dict[str, tuple[Callable[[Recipe, Path], None], str, tuple[str, ...]]] =
 def memory_config(recipe: Recipe) -> MemoryConfig:
     """The memory config of the atlas."""
     return MemoryConfig(
-        ranks=recipe.ranks, branching=recipe.branching, layers=recipe.layers,
+        ranks=recipe.ranks,
+        branching=recipe.branching,
+        layers=recipe.layers,
         encoder={"type": "embeddings", "lowercase": True, "file": "encoder.safetensors"},
         base_anchor={"name": "atlas", "shape": asdict(AnchorShape.of(recipe.anchor))},
     )
 
 
-def memory_model(recipe: Recipe, work: Path) -> MemoryModel:
-    """The trained anchor with memories attached."""
-    return attach(load_anchor_weights(recipe, work), memory_config(recipe))
+def memory_model(recipe: Recipe, anchor: openlm.Model) -> MemoryModel:
+    """An anchor of the recipe with memories attached."""
+    return attach(anchor, memory_config(recipe))
 
 
 def save_weights(model: openlm.Model, path: Path) -> None:
@@ -192,16 +237,16 @@ def save_weights(model: openlm.Model, path: Path) -> None:
     mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())), {"format": "mlx"})
 
 
-def load_anchor_weights(recipe: Recipe, work: Path) -> openlm.Model:
-    """The anchor that ``stage_anchor`` trained."""
+def load_anchor_weights(recipe: Recipe, path: Path) -> openlm.Model:
+    """The anchor whose weights ``save_weights`` wrote."""
     model = openlm.Model(recipe.anchor)
-    model.load_weights(str(work / "anchor.safetensors"))
+    model.load_weights(str(path))
     return model
 
 
 def load_routing(recipe: Recipe, work: Path) -> tuple[EmbeddingEncoder, ClusterTree]:
     """The encoder and the tree that ``stage_tree`` made."""
-    table = embedding_table(load_anchor_weights(recipe, work))
+    table = embedding_table(load_anchor_weights(recipe, work / "anchor.safetensors"))
     encoder = EmbeddingEncoder.load(work / "memory", table, _tokenizer(work))
     return encoder, ClusterTree.load(work / "memory" / "tree.safetensors")
 
@@ -221,7 +266,8 @@ def clustered_corpus(recipe: Recipe, work: Path) -> PackedCorpus:
     encode = _encode(work)
     return pack(
         ((encode(document.text), leaf) for document, leaf in _routed(recipe, encoder, tree)),
-        recipe.sequence_length, end_of_text=0,
+        recipe.sequence_length,
+        end_of_text=0,
     )
 
 
@@ -240,7 +286,8 @@ def _mixed_corpus(recipe: Recipe, work: Path) -> PackedCorpus:
     encode = _encode(work)
     return pack(
         ((encode(document.text), 0) for document in documents(recipe.corpus)),
-        recipe.sequence_length, end_of_text=0,
+        recipe.sequence_length,
+        end_of_text=0,
     )
 
 

@@ -32,7 +32,7 @@ class ModelArgs(BaseModelArgs):
     """Sizes of an OpenLM anchor, as they stand in ``config.json``.
 
     The defaults are those of the paper's set-up; ``max_position_embeddings`` is the longest
-    context that the anchor was trained on, in tokens.
+    context that the anchor takes, prompt and answer together, in tokens.
     """
 
     hidden_size: int
@@ -208,8 +208,13 @@ def init_weights(model: Model) -> None:
         model.lm_head.weight = truncated(model.lm_head.weight, d**-0.5)
     for n, layer in enumerate(model.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj,
-                       mlp.gate_proj, mlp.up_proj):
+        for linear in (
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            mlp.gate_proj,
+            mlp.up_proj,
+        ):
             linear.weight = truncated(linear.weight, linear.weight.shape[1] ** -0.5)
         for linear in (attention.o_proj, mlp.down_proj):
             std = linear.weight.shape[1] ** -0.5 / (2 * (n + 1)) ** 0.5

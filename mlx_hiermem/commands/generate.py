@@ -101,15 +101,25 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         help="block one block, such as 1:3, for this run; may be given more than once",
     )
     parser.add_argument(
-        "--max-tokens", "-m", type=int, default=256, metavar="N",
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=256,
+        metavar="N",
         help="longest answer in tokens (default: %(default)s)",
     )
     parser.add_argument(
-        "--temp", type=float, default=0.0, metavar="T",
+        "--temp",
+        type=float,
+        default=0.0,
+        metavar="T",
         help="sampling temperature; 0 takes the likeliest token (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P",
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
         help="sample from the likeliest tokens that make up this share (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")

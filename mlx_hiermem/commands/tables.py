@@ -14,9 +14,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns as wide as their widest cell, all aligned to the right but words."""
     cells = [list(header), *([str(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    words = [
-        any(cell[:1].isalpha() for cell in column[1:]) for column in zip(*cells, strict=True)
-    ]
+    words = [any(cell[:1].isalpha() for cell in column[1:]) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(
             f"{cell:<{width}}" if word else f"{cell:>{width}}"

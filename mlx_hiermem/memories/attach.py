@@ -85,9 +85,7 @@ class MemoryModel(nn.Module):
             memory = entry[0] if memory is None else memory
         # (B, L, 3, R, d) -> L times (B, 3, R, d)
         self._call.layers = (
-            None
-            if memory is None
-            else [memory[:, i] for i in range(len(self._memory_layers))]
+            None if memory is None else [memory[:, i] for i in range(len(self._memory_layers))]
         )
         try:
             return self.anchor(inputs, cache, **options)
@@ -100,9 +98,7 @@ class MemoryModel(nn.Module):
 
     def init_block(self, level: int) -> mx.array:
         """Start values of one block of ``level``, (s_l,) float32; they have no effect."""
-        return ffn.init_block(
-            len(self._memory_layers), self.config.ranks[level - 1], self._width
-        )
+        return ffn.init_block(len(self._memory_layers), self.config.ranks[level - 1], self._width)
 
     @property
     def layers(self) -> list[nn.Module]:

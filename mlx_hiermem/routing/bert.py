@@ -279,8 +279,7 @@ def _find(model: str, revision: str | None, folder: Path) -> Path:
             return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise ConfigError(
-            f"encoder: model {model!r} is neither a folder nor the name of a Hub repo "
-            "(owner/name)"
+            f"encoder: model {model!r} is neither a folder nor the name of a Hub repo (owner/name)"
         )
     from huggingface_hub import snapshot_download
 

@@ -66,9 +66,7 @@ def load_encoder(
             raise ConfigError(
                 "encoder: type embeddings needs the anchor and its tokenizer; load the whole model"
             )
-        return EmbeddingEncoder.load(
-            folder, embedding_table(anchor), tokenizer, **values
-        )
+        return EmbeddingEncoder.load(folder, embedding_table(anchor), tokenizer, **values)
     if kind == "bert":
         from .bert import BertEncoder
 

@@ -77,8 +77,13 @@ def grow(
     tree: ClusterTree | None = None
     for level in range(1, levels + 1):
         nodes = [
-            _Node(branching, np.random.default_rng([seed, level, node]), steps, samples_per_step,
-                  balance)
+            _Node(
+                branching,
+                np.random.default_rng([seed, level, node]),
+                steps,
+                samples_per_step,
+                balance,
+            )
             for node in range(branching ** (level - 1))
         ]
         width = _width(chunks) if tree is None else tree.width
@@ -95,8 +100,7 @@ def grow(
         parents = np.zeros((1, width), np.float32) if tree is None else tree.centroids[-1]
         grown = [
             # No example came by: nothing tells the children apart.
-            np.repeat(parent[None], branching, axis=0) if node.centroids is None
-            else node.centroids
+            np.repeat(parent[None], branching, axis=0) if node.centroids is None else node.centroids
             for parent, node in zip(parents, nodes, strict=True)
         ]
         above = () if tree is None else tree.centroids
@@ -114,8 +118,9 @@ def occupancy(tree: ClusterTree, chunks: Chunks) -> list[np.ndarray]:
     for vectors in _unit_chunks(chunks, tree.width):
         ids, _ = tree.assign(vectors)
         leaves += np.bincount(ids[:, -1], minlength=len(leaves))
-    return [leaves.reshape(tree.branching**level, -1).sum(axis=1)
-            for level in range(1, tree.levels + 1)]
+    return [
+        leaves.reshape(tree.branching**level, -1).sum(axis=1) for level in range(1, tree.levels + 1)
+    ]
 
 
 def _grow_nodes(

@@ -42,6 +42,8 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: sequences per step.
         learning_rate, final_learning_rate: peak, and where the cosine ends.
+        anchor_share: in co-training the anchor's learning rate as a share of the memories'; 1 in
+            the paper. Parameters that are frozen (``Module.freeze``) stay as they are.
         warmup_steps: steps of linear warm-up.
         weight_decay: AdamW's decoupled decay (1e-3 for memories, 0.05 for anchors).
         clip: largest global gradient norm.
@@ -56,6 +58,7 @@ class TrainConfig:
     batch_size: int = 64
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-5
+    anchor_share: float = 1.0
     warmup_steps: int = 0
     weight_decay: float = 1e-3
     clip: float = 1.0
@@ -143,7 +146,9 @@ class Trainer:
         # One each, since a step without a generic sequence must not count for the generic memory.
         self._optimizers = {
             name: optim.AdamW(
-                config.learning_rate, betas=[0.9, 0.95], weight_decay=config.weight_decay,
+                config.learning_rate,
+                betas=[0.9, 0.95],
+                weight_decay=config.weight_decay,
                 bias_correction=True,
             )
             for name in ("anchor", "generic")
@@ -217,10 +222,9 @@ class Trainer:
             self.rows.update(ids, rows, gradients["rows"], rate, self.config.weight_decay)
         for name, optimizer in self._optimizers.items():
             if name in learned:
-                optimizer.learning_rate = rate
-                learned |= optimizer.apply_gradients(
-                    {name: gradients[name]}, {name: learned[name]}
-                )
+                share = self.config.anchor_share if name == "anchor" else 1.0
+                optimizer.learning_rate = rate * share
+                learned |= optimizer.apply_gradients({name: gradients[name]}, {name: learned[name]})
         if "anchor" in learned:
             self._anchor.update(learned["anchor"])
         if "generic" in learned:

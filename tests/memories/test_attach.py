@@ -114,9 +114,7 @@ def test_a_batch_of_memories_equals_single_runs(anchor):
 def test_one_memory_serves_a_whole_batch(anchor):
     model = attach(anchor, CONFIG)
     one = random_memory(1)
-    assert_close(
-        model(tokens(3), memory=one), model(tokens(3), memory=mx.repeat(one, 3, axis=0))
-    )
+    assert_close(model(tokens(3), memory=one), model(tokens(3), memory=mx.repeat(one, 3, axis=0)))
 
 
 def test_the_cache_carries_the_memory_through_decoding(anchor):

@@ -41,8 +41,13 @@ def folder(tmp_path_factory):
     BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=96, max_position_embeddings=40, initializer_range=0.3,
+        vocab_size=len(WORDS),
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=40,
+        initializer_range=0.3,
         layer_norm_eps=1e-3,
     )
     model = BertModel(config).eval()
@@ -111,8 +116,9 @@ def test_the_config_loads_the_same_encoder_and_names_resolve_in_the_memory_folde
     encoder = load(folder)
     again = load_encoder(encoder.to_config(), folder=".")
     np.testing.assert_array_equal(again.encode(TEXTS), encoder.encode(TEXTS))
-    inside = load_encoder({"type": "bert", "model": folder.name, "max_length": MAX_LENGTH},
-                          folder=folder.parent)
+    inside = load_encoder(
+        {"type": "bert", "model": folder.name, "max_length": MAX_LENGTH}, folder=folder.parent
+    )
     np.testing.assert_array_equal(inside.encode(TEXTS), encoder.encode(TEXTS))
 
 
@@ -133,8 +139,9 @@ def test_other_names_and_left_over_parts_are_sanitised(folder, copy):
         weights["bert.embeddings.position_ids"] = np.arange(40)[None]
         weights["cls.predictions.bias"] = np.zeros(3, np.float32)
         return {
-            name.replace("LayerNorm.weight", "LayerNorm.gamma")
-            .replace("LayerNorm.bias", "LayerNorm.beta"): weight
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): weight
             for name, weight in weights.items()
         }
 
@@ -156,8 +163,10 @@ QUERY = "encoder.layer.1.attention.self.query.weight"
     "change, says",
     [
         (lambda w: {n: x for n, x in w.items() if n != QUERY}, "lacks layers.1.query.weight"),
-        (lambda w: {**w, "encoder.layer.9.output.dense.bias": w["embeddings.LayerNorm.bias"]},
-         "holds layers.9.down.bias"),
+        (
+            lambda w: {**w, "encoder.layer.9.output.dense.bias": w["embeddings.LayerNorm.bias"]},
+            "holds layers.9.down.bias",
+        ),
         (lambda w: {**w, QUERY: w[QUERY][:4].copy()}, r"layers.1.query.weight has shape \(4, 48\)"),
     ],
 )

@@ -124,7 +124,12 @@ def reference(
 def anchor(weights: dict[str, np.ndarray]) -> Model:
     model = Model(
         ModelArgs(
-            D, LAYERS, INNER, HEADS, HEAD_DIM, vocab_size=VOCAB,
+            D,
+            LAYERS,
+            INNER,
+            HEADS,
+            HEAD_DIM,
+            vocab_size=VOCAB,
             tie_word_embeddings="lm_head.weight" not in weights,
             qk_norm="model.layers.0.self_attn.q_norm.weight" in weights,
         )

@@ -99,9 +99,7 @@ def test_common_components_are_those_of_an_svd_and_are_gone():
     plain = EmbeddingEncoder.fit(rows, TOKENIZER, CORPUS, components=0)
     fitted = EmbeddingEncoder.fit(rows, TOKENIZER, CORPUS, components=2)
     expected = np.linalg.svd(plain.encode(CORPUS))[2][:2]
-    np.testing.assert_allclose(
-        np.abs(np.sum(expected * fitted.components, axis=1)), 1, atol=1e-4
-    )
+    np.testing.assert_allclose(np.abs(np.sum(expected * fitted.components, axis=1)), 1, atol=1e-4)
     np.testing.assert_allclose(fitted.encode(CORPUS) @ fitted.components.T, 0, atol=1e-5)
 
 

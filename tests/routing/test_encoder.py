@@ -38,8 +38,9 @@ def test_a_missing_file_and_a_file_elsewhere_are_refused(tmp_path):
     with pytest.raises(FormatError, match="encoder.safetensors: no such file"):
         load_encoder(config, folder=tmp_path, anchor=anchor, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="without a folder"):
-        load_encoder({**config, "file": "../x"}, folder=tmp_path, anchor=anchor,
-                     tokenizer=tokenizer)
+        load_encoder(
+            {**config, "file": "../x"}, folder=tmp_path, anchor=anchor, tokenizer=tokenizer
+        )
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):

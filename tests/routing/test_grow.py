@@ -20,7 +20,7 @@ def planted(n: int, seed: int = 0, k: int = 4, width: int = 16, spread: float = 
     rng = np.random.default_rng(seed)
     axes = np.eye(width)
     leaf = rng.integers(k * k, size=n)
-    centres = axes[: k].repeat(k, 0) + 0.4 * np.tile(axes[k : 2 * k], (k, 1))
+    centres = axes[:k].repeat(k, 0) + 0.4 * np.tile(axes[k : 2 * k], (k, 1))
     return unit(centres[leaf] + spread * rng.normal(size=(n, width)) / width**0.5), leaf
 
 
@@ -180,8 +180,7 @@ def test_a_level_that_wants_more_than_the_buffers_hold_takes_more_readings():
 def test_progress_reaches_the_end_of_each_level():
     x, _ = planted(300)
     calls = []
-    grow(lambda: [x], 3, 2, steps=4, samples_per_step=50,
-         progress=lambda *call: calls.append(call))
+    grow(lambda: [x], 3, 2, steps=4, samples_per_step=50, progress=lambda *call: calls.append(call))
     assert calls == sorted(calls)
     assert {(level, total) for level, _, total in calls} == {(1, 4), (2, 12)}
     assert (1, 4, 4) in calls and (2, 12, 12) in calls
@@ -211,8 +210,8 @@ def test_an_iterator_that_is_used_up_is_refused(size):
 
 
 @pytest.mark.parametrize(
-    "options", [{"branching": 1}, {"levels": 0}, {"steps": 0}, {"samples_per_step": 0},
-                {"balance": 1.0}],
+    "options",
+    [{"branching": 1}, {"levels": 0}, {"steps": 0}, {"samples_per_step": 0}, {"balance": 1.0}],
 )
 def test_arguments_out_of_range_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):

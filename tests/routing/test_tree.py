@@ -90,9 +90,7 @@ def test_save_and_load_keep_every_bit(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("tree") / "tree.safetensors"
     tree.save(path)
     again = ClusterTree.load(path)
-    assert (again.branching, again.levels, again.width) == (
-        tree.branching, tree.levels, tree.width
-    )
+    assert (again.branching, again.levels, again.width) == (tree.branching, tree.levels, tree.width)
     for a, b in zip(tree.centroids, again.centroids, strict=True):
         np.testing.assert_array_equal(a, b)
     assert [p.name for p in path.parent.iterdir()] == ["tree.safetensors"]
@@ -103,7 +101,8 @@ def test_the_file_is_as_documented(tmp_path):
     make_tree(3, 2, 4, seed=0, encoder=encoder).save(tmp_path / "tree.safetensors")
     tensors = load_file(tmp_path / "tree.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
-        "level1": (3, 4), "level2": (9, 4)
+        "level1": (3, 4),
+        "level2": (9, 4),
     }
     assert ClusterTree.load(tmp_path / "tree.safetensors").encoder == encoder
 

@@ -12,7 +12,8 @@ from mlx_hiermem.training.corpus import PackedCorpus, pack
 
 DOCUMENTS = st.lists(
     st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(0, 5)),
-    min_size=1, max_size=40,
+    min_size=1,
+    max_size=40,
 )
 
 

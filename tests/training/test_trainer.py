@@ -92,8 +92,10 @@ def test_the_gradient_of_a_row_is_that_of_its_own_sequences():
         blocks = (
             trainer.generic
             if use_generic[i]
-            else [mx.array(trainer.rows.levels[1].values[leaf // 2]),
-                  mx.array(trainer.rows.levels[2].values[leaf])]
+            else [
+                mx.array(trainer.rows.levels[1].values[leaf // 2]),
+                mx.array(trainer.rows.levels[2].values[leaf]),
+            ]
         )
         assert mx.array_equal(memory[i], model.join(blocks))
     alone, _ = next_token_loss(model, mx.array(tokens[:1]), memory[:1], 0)
@@ -105,7 +107,8 @@ def test_the_gradient_of_a_row_is_that_of_its_own_sequences():
 def test_the_loss_falls(regime):
     model = anchor() if regime == "anchor" else attach(anchor(), CONFIG)
     trainer = Trainer(
-        model, corpus(),
+        model,
+        corpus(),
         TrainConfig(regime, steps=40, batch_size=4, learning_rate=0.02, generic_probability=0.0),
     )
     losses = [report.loss for report in trainer.steps()]
@@ -118,8 +121,10 @@ def test_a_fetched_memory_tells_what_the_generic_one_cannot():
     fetched = run(attach(anchor(), CONFIG), "frozen", **settings)
     generic = run(attach(anchor(), CONFIG), "frozen", **settings, generic_probability=1.0)
     tokens = mx.array([[5, 10 + leaf] for leaf in range(3)])
-    rows = [mx.array(fetched.rows.levels[1].values[[0, 0, 1]]),
-            mx.array(fetched.rows.levels[2].values[:3])]
+    rows = [
+        mx.array(fetched.rows.levels[1].values[[0, 0, 1]]),
+        mx.array(fetched.rows.levels[2].values[:3]),
+    ]
     own, _ = next_token_loss(fetched.model, tokens, fetched.model.join(rows), 0)
     shared, _ = next_token_loss(
         generic.model, tokens, generic.model.join([b[None] for b in generic.generic]), 0
@@ -130,8 +135,9 @@ def test_a_fetched_memory_tells_what_the_generic_one_cannot():
 
 
 def test_same_seed_same_bits():
-    first, second = (run(attach(anchor(), CONFIG), "cotrain", seed=5, generic_probability=0.3)
-                     for _ in range(2))
+    first, second = (
+        run(attach(anchor(), CONFIG), "cotrain", seed=5, generic_probability=0.3) for _ in range(2)
+    )
     assert np.array_equal(first.rows.levels[2].values, second.rows.levels[2].values)
 
 
