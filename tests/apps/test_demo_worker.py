@@ -1,0 +1,217 @@
+"""The demo's model thread: one owner of MLX, answers through tickets, and nobody left waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from apps.demo.worker import Ask, End, ModelThread, Ticket
+from mlx_hiermem import load
+from mlx_hiermem.engine import MemoryLM, Response
+from mlx_hiermem.errors import ConfigError
+from tests.tiny import make_tiny_model
+
+#: Seconds after which a test gives up on an answer of milliseconds.
+PATIENCE = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def thread(folder) -> Iterator[ModelThread]:
+    thread = ModelThread(lambda: load(folder))
+    thread.start()
+    yield thread
+    thread.close()
+    assert not thread.alive
+
+
+def updates(ticket: Ticket) -> Iterator[Response | End]:
+    """All that a ticket brings, to its end."""
+    while True:
+        batch = ticket.take(PATIENCE)
+        assert batch, "no answer"
+        yield from batch
+        if isinstance(batch[-1], End):
+            return
+
+
+def answer(ticket: Ticket) -> tuple[str, Response, End]:
+    *responses, end = updates(ticket)
+    return "".join(response.text for response in responses), responses[-1], end
+
+
+def held_thread(folder) -> tuple[ModelThread, threading.Event, threading.Event]:
+    """A thread whose model stops before its first token until the second event is set.
+
+    The first event is set when it gets there.
+    """
+    reached, go = threading.Event(), threading.Event()
+
+    class Held(MemoryLM):
+        def fetch(self, *args, **options):
+            reached.set()
+            assert go.wait(PATIENCE)
+            return super().fetch(*args, **options)
+
+    def load_held() -> MemoryLM:
+        lm = load(folder)
+        lm.__class__ = Held
+        return lm
+
+    thread = ModelThread(load_held)
+    thread.start()
+    return thread, reached, go
+
+
+def test_facts_are_those_of_the_bank(folder):
+    config = load(folder).bank.config
+    thread = ModelThread(lambda: load(folder))
+    facts = thread.start()
+    thread.close()
+    assert [(level.level, level.clusters) for level in facts.levels] == [(1, 3), (2, 9)]
+    assert [level.block_bytes for level in facts.levels] == [
+        config.block_bytes(1),
+        config.block_bytes(2),
+    ]
+    assert facts.fetch_bytes == 4 * config.fetch_size()
+    assert facts.bank_bytes == 4 * config.bank_size()
+    assert facts.context_length == 256
+    assert facts.anchor_parameters > 10_000
+    assert not facts.chat
+
+
+def test_what_failed_to_load_is_raised_where_it_was_started(tmp_path):
+    thread = ModelThread(lambda: load(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="none"):
+        thread.start()
+    assert not thread.alive
+    assert answer_error(thread.submit(Ask("Oslo"))) == "the model could not be loaded"
+
+
+def answer_error(ticket: Ticket) -> str | None:
+    (end,) = updates(ticket)
+    assert end.reason == "error"
+    return end.error
+
+
+@pytest.mark.parametrize("memory", ["fetched", "generic", "none"])
+def test_an_answer_is_what_the_model_says(folder, thread, memory):
+    expected = list(load(folder).stream("Oslo lies in", memory, max_tokens=20))
+    text, last, end = answer(thread.submit(Ask("Oslo lies in", memory, 20)))
+    assert text == "".join(response.text for response in expected)
+    assert end == End("length")
+    assert (last.memory, last.path) == (memory, expected[-1].path)
+    assert [(b.level, b.cluster, b.bytes) for b in last.fetch.blocks] == [
+        (b.level, b.cluster, b.bytes) for b in expected[-1].fetch.blocks
+    ]
+
+
+def test_requests_of_many_threads_do_not_mix(folder, thread):
+    prompts = [f"Number {i} of {chr(97 + i) * 9}" for i in range(12)]
+    lm = load(folder)
+    expected = [lm.generate(prompt, max_tokens=12) for prompt in prompts]
+
+    def ask(prompt: str) -> str:
+        return answer(thread.submit(Ask(prompt, max_tokens=12)))[0]
+
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, prompts)) == expected
+    assert len(set(expected)) > 6
+
+
+def test_withdrawn_within_one_token(thread):
+    ticket = thread.submit(Ask("Oslo", max_tokens=250))
+    stream = updates(ticket)
+    next(stream)
+    thread.withdraw(ticket)
+    # Those that were on their way, and one that was being computed.
+    *rest, end = stream
+    assert end == End("withdrawn")
+    assert len(rest) < 200
+    assert answer(thread.submit(Ask("Oslo", max_tokens=3)))[2] == End("length")
+
+
+def test_withdrawn_in_the_line_ends_at_once(folder):
+    thread, reached, go = held_thread(folder)
+    first = thread.submit(Ask("Oslo", max_tokens=2))
+    assert reached.wait(PATIENCE)
+    second, third = (thread.submit(Ask(name, max_tokens=2)) for name in ("Rome", "Bonn"))
+    assert [thread.ahead(ticket) for ticket in (first, second, third)] == [0, 1, 2]
+    thread.withdraw(second)
+    assert second.take(PATIENCE) == [End("withdrawn")]
+    assert thread.ahead(third) == 1
+    go.set()
+    assert answer(first)[2] == answer(third)[2] == End("length")
+    thread.withdraw(third)  # over already: nothing comes
+    assert third.take(0) == []
+    thread.close()
+
+
+def test_an_error_ends_its_own_request(thread):
+    assert answer_error(thread.submit(Ask(" "))).startswith("the prompt is empty")
+    assert "257 tokens" in answer_error(thread.submit(Ask("x" * 257)))
+    assert "max_tokens is 0" in answer_error(thread.submit(Ask("Oslo", max_tokens=0)))
+    assert "memory is 'all'" in answer_error(thread.submit(Ask("Oslo", "all")))
+    assert answer(thread.submit(Ask("Oslo", max_tokens=2)))[2] == End("length")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_ends_its_own_request(folder, capsys):
+    class Faulty(MemoryLM):
+        def route(self, text):
+            if text == "fault":
+                raise KeyError("lost")
+            if text == "death":
+                raise SystemExit
+            return super().route(text)
+
+    def load_faulty() -> MemoryLM:
+        lm = load(folder)
+        lm.__class__ = Faulty
+        return lm
+
+    thread = ModelThread(load_faulty)
+    thread.start()
+    assert answer_error(thread.submit(Ask("fault"))).startswith("KeyError: 'lost' (a fault of ours")
+    assert "Traceback" in capsys.readouterr().err
+    assert answer(thread.submit(Ask("Oslo", max_tokens=2)))[2] == End("length")
+    # If the thread itself ends, those in the line and those who come later are told.
+    assert "thread has ended" in answer_error(thread.submit(Ask("death")))
+    assert "thread has ended" in answer_error(thread.submit(Ask("Oslo")))
+    assert not thread.alive
+
+
+def test_close_ends_what_runs_and_what_waits(folder):
+    thread, reached, go = held_thread(folder)
+    first, second = (thread.submit(Ask(name, max_tokens=250)) for name in ("Oslo", "Rome"))
+    assert reached.wait(PATIENCE)
+    open_files = len(os.listdir("/dev/fd"))
+    go.set()
+    thread.close()
+    assert list(updates(first))[-1] == End("withdrawn")
+    assert answer_error(second) == "the model was closed"
+    assert not thread.alive
+    assert len(os.listdir("/dev/fd")) < open_files  # the bank's are closed
+
+
+def test_a_chat_model_is_asked_through_its_template(folder, tmp_path):
+    chat = make_tiny_model(tmp_path)
+    config = json.loads((chat / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
+    (chat / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    thread = ModelThread(lambda: load(chat))
+    assert thread.start().chat
+    text, last, _ = answer(thread.submit(Ask("Oslo", max_tokens=8)))
+    expected = list(load(folder).stream("[Oslo]>", max_tokens=8, route_on="Oslo"))
+    assert text == "".join(response.text for response in expected)
+    assert last.path == expected[-1].path
+    thread.close()
