@@ -95,3 +95,9 @@ def test_the_buckets_are_of_one_size_and_in_order(questions):
     members = [[q.count for q in questions if q.bucket == i] for i in range(5)]
     assert max(map(len, members)) - min(map(len, members)) <= 1
     assert all(min(more) >= max(less) for more, less in pairwise(members))
+
+
+def test_a_prompt_longer_than_the_context_ends_in_one_line():
+    done = run("generate", "--prompt", "hafnium " * 400)
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "ends at 256" in done.stderr

@@ -97,7 +97,8 @@ def load_anchor_tokenizer(folder: str | Path, config: dict[str, Any]) -> Any:
     Raises:
         FormatError: the tokenizer is missing or damaged.
     """
-    options: dict[str, Any] = {"trust_remote_code": False}
+    # transformers would warn about long texts on stderr; the engine refuses them by itself.
+    options: dict[str, Any] = {"trust_remote_code": False, "model_max_length": 1 << 60}
     if config.get("model_type") == "openlm":
         from transformers import PretrainedConfig
 
