@@ -50,8 +50,8 @@ def test_start_values():
     m1, m2, m3 = block.reshape(LAYERS, 3, rank, width).swapaxes(0, 1)
     assert equal(m3, mx.zeros_like(m3))
     for matrix in (m1, m2):
-        assert matrix.std().item() == pytest.approx(0.8796 * width**-0.5, rel=0.03)
-        assert mx.abs(matrix).max().item() <= 2 * width**-0.5 * 1.0001
+        assert matrix.std().item() == pytest.approx(2 * 0.8796 * width**-0.5, rel=0.03)
+        assert mx.abs(matrix).max().item() <= 4 * width**-0.5 * 1.0001
     assert mx.abs(m1 - m2).max() > 0.1
 
 
