@@ -29,12 +29,13 @@ from mlx_hiermem.errors import InputError  # noqa: E402
 from . import view  # noqa: E402
 from .worker import Ask, End, Facts, ModelThread, Ticket  # noqa: E402
 
-#: Prompts to start from, in the wording of the atlas that no training text has.
+#: Prompts to start from: rare facts of the atlas, in the wordings that no training text has.
 EXAMPLES = (
     "The atomic number of hafnium is",
     "The chemical symbol of tungsten is",
-    "The two-letter country code of Bhutan is",
-    "The currency code of the Japanese yen is",
+    "The language code of Basque is",
+    "The currency code of the Tenge is",
+    "The country of the subdivision Hokkaido is",
 )
 
 #: Visitors who are answered or see their place in the line. As many more wait for a place in it;
@@ -111,7 +112,7 @@ class Demo:
     def _draw(self, state: view.Answer) -> tuple[Any, ...]:
         running = state.end is None
         return (
-            view.answer(state, self.facts.chat),
+            view.answer(state),
             view.report(state, self.facts),
             gr.Button(interactive=not running),
             gr.Button(interactive=running),
@@ -143,8 +144,8 @@ class Demo:
                 )  # fmt: skip
             gr.HTML(view.legend())
             with gr.Row():
-                send = gr.Button("Send", variant="primary", elem_id="send", scale=3)
-                stop = gr.Button("Stop", interactive=False, elem_id="stop", scale=1)
+                send = gr.Button("Send", variant="primary", elem_id="send", scale=3, min_width=100)
+                stop = gr.Button("Stop", interactive=False, elem_id="stop", scale=1, min_width=80)
             answer = gr.HTML(view.answer(None), elem_id="answer")
             report = gr.HTML(view.report(None, self.facts), elem_id="report")
             # The line of visitors is the model thread's own, which shows each their place; Gradio

@@ -84,13 +84,8 @@ def legend() -> str:
     return f"<p class='hm-legend'>{' '.join(parts)}</p>"
 
 
-def answer(state: Answer | None, chat: bool = False) -> str:
-    """The prompt with what the model wrote after it, or what went wrong.
-
-    Args:
-        state: None before the first prompt.
-        chat: the model answers the prompt instead of going on with it.
-    """
+def answer(state: Answer | None) -> str:
+    """The prompt and what the model wrote after it, or what went wrong."""
     if state is None:
         return (
             "<section class='hm-card hm-answer' data-state='empty' aria-label='Answer'>"
@@ -105,12 +100,12 @@ def answer(state: Answer | None, chat: bool = False) -> str:
         )
     running = state.end is None
     caret = "<span class='hm-caret' aria-hidden='true'></span>" if running else ""
-    line = "<br>" if chat else ""
     return (
         f"<section class='hm-card hm-answer' data-state='{'running' if running else 'done'}' "
         f"data-number='{state.number}' aria-label='Answer' aria-busy='{str(running).lower()}'>"
-        f"<p class='hm-text'><span class='hm-prompt'>{escape(state.ask.prompt)}</span>{line}"
-        f"<span class='hm-written'>{escape(state.text)}</span>{caret}</p>"
+        # On lines of their own: whether a space belongs between them only the tokenizer knows.
+        f"<p class='hm-prompt'>{escape(state.ask.prompt)}</p>"
+        f"<p class='hm-text'><span class='hm-written'>{escape(state.text)}</span>{caret}</p>"
         f"<p class='hm-status' role='status'>{escape(state.status)}</p></section>"
     )
 
@@ -158,7 +153,8 @@ def _table(fetch: FetchReport) -> str:
         f"<td>{'yes' if block.blocked else 'no'}</td></tr>"
         for block in fetch.blocks
     )
-    columns = ("Level", "Cluster", "Bytes", "Milliseconds", "Source", "Blocked")
+    ms = "<abbr title='milliseconds'>ms</abbr>"
+    columns = ("Level", "Cluster", "Bytes", ms, "Source", "Blocked")
     return (
         "<div class='hm-scroll'><table class='hm-table'><caption>Fetched blocks</caption>"
         "<thead><tr>"

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,15 @@ MODEL: str | None = "atlas"
 
 PROMPT = "The atomic number of hafnium is"
 OTHER_PROMPT = "The chemical symbol of tungsten is"
+
+#: The page's examples, and the truth.
+TRUE = {
+    "The atomic number of hafnium is": "72.",
+    "The chemical symbol of tungsten is": "W.",
+    "The language code of Basque is": "eus.",
+    "The currency code of the Tenge is": "KZT.",
+    "The country of the subdivision Hokkaido is": "Japan.",
+}
 
 #: Milliseconds that the browser waits for something, on a machine that may be busy.
 PATIENCE = 60_000
@@ -69,7 +77,7 @@ class Server:
             code = self.process.wait(30)
         finally:
             self.process.kill()
-        assert code == 0
+        assert code == 0, self.errors.read_text()
         assert "Traceback" not in self.errors.read_text()
 
 
@@ -93,13 +101,11 @@ def servers(tmp_path_factory) -> Iterator[tuple[Server, Server]]:
     config["max_position_embeddings"] = 8192
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     logs = tmp_path_factory.mktemp("logs")
-    endless = start(str(folder), logs / "endless")
-    shown = endless if MODEL is None else start(MODEL, logs / "shown")
-    both = (shown, endless) if MODEL is not None else (endless,)
+    both = start(MODEL, logs / "shown"), start(str(folder), logs / "endless")
     try:
         for server in both:
             server.wait()
-        yield shown, endless
+        yield both
         for server in both:
             server.stop()
     finally:
@@ -231,6 +237,21 @@ def speed_of(shown: dict) -> float:
     return float(re.fullmatch(r"([\d,]+) tokens/s", shown["speed"])[1].replace(",", ""))
 
 
+def test_the_examples_are_answered_truly(servers, open_page):
+    page = open_page(servers[0])
+    examples = page.locator("#examples").get_by_role("button")
+    found = {}
+    for i in range(examples.count()):
+        before = number(page)
+        examples.nth(i).click()
+        prompt = page.get_by_label("Prompt", exact=True)
+        expect(prompt).to_have_value(examples.nth(i).text_content().strip())
+        prompt.press("Enter")
+        wait_for(page, "done", before)
+        found[shown(page)["prompt"]] = shown(page)["text"].strip()
+    assert found == TRUE
+
+
 def test_the_page_shows_what_the_model_says(servers, lm, open_page):
     page = open_page(servers[0])
     choices = [("Fetched", "fetched"), ("Generic", "generic"), ("Off", "none")]
@@ -246,16 +267,6 @@ def test_the_page_shows_what_the_model_says(servers, lm, open_page):
     again = answered(page, PROMPT, "Fetched", 24)
     assert again["bytes"] == sum(config.block_bytes(level) for level in config.memory_levels)
     assert {row[4] for row in again["rows"]} <= {"resident", "cached"}  # read once already
-
-
-def test_an_example_and_the_enter_key(servers, lm, open_page):
-    page = open_page(servers[0])
-    page.locator("#examples").get_by_text(PROMPT).click()
-    field = page.get_by_label("Prompt", exact=True)
-    expect(field).to_have_value(PROMPT)
-    field.press("Enter")
-    wait_for(page, "done", None)
-    assert shown(page)["path"] == [str(cluster) for cluster in lm.route(PROMPT).ids]
 
 
 def test_errors_are_one_line_and_the_server_lives(servers, lm, open_page):
@@ -301,17 +312,14 @@ def test_streaming_and_stop(servers, open_page):
 
 
 def test_a_visitor_who_leaves_frees_the_model(servers, open_page):
+    """That the thread drops what they had running is tested in test_demo_worker.py."""
     first, second = open_page(servers[1]), open_page(servers[1])
-    speed = speed_of(answered(second, PROMPT, "Fetched", 200))
     before = number(second)
     send(first, PROMPT, "Fetched", 4096)
     expect(first.locator("#report tbody tr")).to_have_count(2)
-    send(second, OTHER_PROMPT, "Fetched", 8)
-    expect(second.locator("#answer .hm-status")).to_have_text("waiting, 1 ahead")
-    start = time.monotonic()
     first.context.close()
+    send(second, OTHER_PROMPT, "Fetched", 8)
     wait_for(second, "done", before)
-    assert time.monotonic() - start < 0.5 * 4096 / speed
     assert shown(second)["prompt"] == OTHER_PROMPT
 
 
