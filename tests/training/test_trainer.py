@@ -61,6 +61,20 @@ def test_cotrain_moves_anchor_rows_and_generic():
     assert any(block.reshape(2, 3, -1, 16)[:, 2].any().item() for block in trainer.generic)
 
 
+def test_cotrain_keeps_what_is_frozen_and_takes_a_share_of_the_rate():
+    model = attach(anchor(), CONFIG)
+    model.anchor.model.embed_tokens.freeze()
+    before = weights(model.anchor)
+    run(model, "cotrain", weight_decay=0.0)
+    after = weights(model.anchor)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == set(before) - {"model.embed_tokens.weight"}
+    model = attach(anchor(), CONFIG)
+    run(model, "cotrain", anchor_share=0.0)
+    after = weights(model.anchor)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_generic_alone_makes_no_bank():
     model = attach(anchor(), CONFIG)
     trainer = run(model, "frozen", generic_probability=1.0)

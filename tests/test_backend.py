@@ -1,0 +1,35 @@
+"""What the backend module changes in the process."""
+
+import subprocess
+import sys
+
+CODE = """
+import ctypes, sys
+from mlx_hiermem.backend import keep_freed_memory
+taken = keep_freed_memory() if sys.argv[1] == "keep" else None
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+block = libc.malloc(64 << 20)
+ctypes.memset(block, 1, 64 << 20)
+libc.free(block)
+pages = int(open("/proc/self/statm").read().split()[1])
+print(taken, pages * 4096 > (48 << 20))
+"""
+
+
+def run(choice):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, choice], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_freed_memory_stays_in_the_process_on_glibc():
+    if sys.platform != "linux":
+        from mlx_hiermem.backend import keep_freed_memory
+
+        assert keep_freed_memory() is False
+        return
+    assert run("plain") == ["None", "False"]
+    assert run("keep") == ["True", "True"]
