@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 CODE = """
-import ctypes, sys
+import ctypes, os, sys
 from mlx_hiermem.backend import keep_freed_memory
 taken = keep_freed_memory() if sys.argv[1] == "keep" else None
 libc = ctypes.CDLL(None)
@@ -14,7 +14,7 @@ block = libc.malloc(64 << 20)
 ctypes.memset(block, 1, 64 << 20)
 libc.free(block)
 pages = int(open("/proc/self/statm").read().split()[1])
-print(taken, pages * 4096 > (48 << 20))
+print(taken, pages * os.sysconf("SC_PAGE_SIZE") > (48 << 20))
 """
 
 

@@ -27,8 +27,8 @@ from mlx_hiermem.cli import main
 from mlx_hiermem.engine import MemoryLM
 from tests.tiny import make_tiny_model
 
-#: The model that the answers are read from: a folder, a name, or None for a tiny random one.
-MODEL: str | None = "atlas"
+#: The model that the answers are read from.
+MODEL = "atlas"
 
 PROMPT = "The atomic number of hafnium is"
 OTHER_PROMPT = "The chemical symbol of tungsten is"
@@ -312,7 +312,7 @@ def test_streaming_and_stop(servers, open_page):
 
 
 def test_a_visitor_who_leaves_frees_the_model(servers, open_page):
-    """That the thread drops what they had running is tested in test_demo_worker.py."""
+    """That what they had running is dropped at once is tested in test_demo_app.py."""
     first, second = open_page(servers[1]), open_page(servers[1])
     before = number(second)
     send(first, PROMPT, "Fetched", 4096)
