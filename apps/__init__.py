@@ -1,1 +1,1 @@
-"""Applications built on the public API of mlx_hiermem. Not part of the installed package."""
+"""What is built on the package; installed as ``mlx_hiermem.apps``."""
