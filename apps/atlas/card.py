@@ -80,6 +80,9 @@ has seen (`mlx_hiermem evaluate --model atlas --task facts`):
 
 {chr(10).join(rows)}
 
+The questions were held out of all training, but the recipe (wordings, sizes, rates) was chosen while looking at
+these figures: read them as those of a development set. One seed, no spread.
+
 `wrong` fetches a path in another level-1 subtree, `blocked` blocks the blocks on the question's path.
 
 Questions that land where their fact was trained ({levels}):

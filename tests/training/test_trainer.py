@@ -88,8 +88,8 @@ def test_the_default_generic_probability_is_one_in_k_plus_one():
     assert trainer._generic_probability == pytest.approx(1 / 3)
 
 
-def test_the_gradient_of_a_row_is_that_of_its_own_sequences():
-    """One plain SGD-like reference: move each block alone and compare the losses."""
+def test_each_sequence_of_a_batch_computes_with_its_own_memory():
+    """Fetched and generic memories stand in the batch's order, equal to the blocks joined alone."""
     model = attach(anchor(), CONFIG)
     trainer = Trainer(
         model, corpus(), TrainConfig("frozen", steps=1, generic_probability=0.5, seed=1)
