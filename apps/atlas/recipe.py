@@ -20,11 +20,11 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_hiermem.anchors import openlm
 from mlx_hiermem.config import AnchorShape, MemoryConfig
+from mlx_hiermem.corpus.packed import PackedCorpus, pack
 from mlx_hiermem.memories import MemoryModel, attach
 from mlx_hiermem.routing.embeddings import EmbeddingEncoder, embedding_table
 from mlx_hiermem.routing.grow import grow
 from mlx_hiermem.routing.tree import ClusterTree
-from mlx_hiermem.training.corpus import PackedCorpus, pack
 from mlx_hiermem.training.trainer import TrainConfig, Trainer
 
 from .corpus import CorpusConfig, documents, fact_documents

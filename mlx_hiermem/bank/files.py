@@ -1,4 +1,4 @@
-"""Files of a bank: names that stay inside the folder, exact reads, atomic writes.
+"""Files of a bank: names that stay inside the folder, and exact reads.
 
 Notable: a link may not lead out of the folder, except into the blobs of the Hub cache that
 the folder itself lies in (a snapshot of the Hub cache is made of such links).
@@ -126,70 +126,3 @@ def read_text(folder: Path, name: str, limit: int = 1 << 28) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         raise FormatError(f"{folder / name}: not UTF-8 text; download the bank again") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` last through a crash."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class AtomicFile:
-    """A file that appears under its name when it is whole, or not at all.
-
-    A context manager: what is written goes to ``.NAME.partial`` beside it; on leaving without
-    an error that is synced and renamed, on an error it is removed. After that ``size`` and
-    ``sha256`` are those of the file.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder / name
-        self.temporary = folder / f".{name}.partial"
-        self.size = 0
-        self._digest = hashlib.sha256()
-
-    def __enter__(self) -> AtomicFile:
-        try:
-            self._file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__)
-        except OSError as error:
-            raise self._failed(error) from None
-        return self
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise self._failed(error) from None
-        self._digest.update(data)
-        self.size += memoryview(data).nbytes
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self.temporary, self.path)
-                sync_folder(self.path.parent)
-        except OSError as error:
-            raise self._failed(error) from None
-        finally:
-            if not self._file.closed:
-                try:
-                    self._file.close()
-                except OSError:
-                    pass  # a full disk fails again here; the first error is the one to tell
-            self.temporary.unlink(missing_ok=True)
-
-    def _failed(self, error: OSError) -> FormatError:
-        return FormatError(
-            f"{self.path}: cannot be written ({error.strerror}); check the folder and free space"
-        )

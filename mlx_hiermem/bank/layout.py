@@ -21,8 +21,8 @@ import numpy as np
 
 from ..config import MemoryConfig
 from ..errors import ConfigError, FormatError
+from ..files import AtomicFile, sync_folder
 from .dtypes import to_storage
-from .files import AtomicFile, sync_folder
 from .header import Header, build_header
 from .manifest import MANIFEST, FileEntry, write_manifest
 

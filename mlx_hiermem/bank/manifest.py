@@ -17,7 +17,8 @@ from typing import Any
 
 from ..config import FORMAT_VERSION
 from ..errors import FormatError
-from .files import AtomicFile, check_name, find, hash_file, read_text
+from ..files import AtomicFile
+from .files import check_name, find, hash_file, read_text
 
 MANIFEST = "manifest.json"
 

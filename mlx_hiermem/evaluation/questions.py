@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bank.files import AtomicFile
 from ..errors import FormatError
+from ..files import AtomicFile
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from ..corpus.packed import PackedCorpus
 from ..errors import TrainingError
 from ..memories import MemoryModel
-from .corpus import PackedCorpus
 from .objective import next_token_loss
 from .rows import BankRows
 

@@ -7,9 +7,9 @@ from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchors.openlm import Model, ModelArgs, init_weights
 from mlx_hiermem.config import MemoryConfig
+from mlx_hiermem.corpus.packed import pack
 from mlx_hiermem.errors import TrainingError
 from mlx_hiermem.memories import attach
-from mlx_hiermem.training.corpus import pack
 from mlx_hiermem.training.objective import next_token_loss
 from mlx_hiermem.training.trainer import TrainConfig, Trainer
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_hiermem.corpus.packed import PackedCorpus, pack
 from mlx_hiermem.errors import TrainingError
-from mlx_hiermem.training.corpus import PackedCorpus, pack
 
 DOCUMENTS = st.lists(
     st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(0, 5)),

@@ -1,0 +1,1 @@
+"""Documents in, packed sequences with their cluster out: read, embed, assign, pack."""
