@@ -6,8 +6,12 @@ At the bottom of the house: banks, trees, corpora and checkpoints are all writte
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from .errors import FormatError
 
@@ -77,3 +81,37 @@ class AtomicFile:
         return FormatError(
             f"{self.path}: cannot be written ({error.strerror}); check the folder and free space"
         )
+
+
+_SAFETENSORS = {
+    "float32": "F32",
+    "int64": "I64",
+    "int32": "I32",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+}
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays to a safetensors file, one after the other: none is copied as a whole.
+
+    Raises:
+        FormatError: the file cannot be written; what was there before is still there.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        dtype = _SAFETENSORS[array.dtype.newbyteorder("=").name]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the numbers start at a multiple of eight bytes
+    with AtomicFile(path.parent, path.name) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            # Not memoryview.cast, which refuses an array without numbers.
+            file.write(memoryview(little.reshape(-1).view(np.uint8)))

@@ -11,10 +11,7 @@ Notable:
 
 from __future__ import annotations
 
-import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,43 +19,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..config import MemoryConfig
-from ..errors import ConfigError, FormatError
+from ..errors import FormatError
 from .address import check_cluster, check_level, check_pair, check_path
 from .cache import BlockCache
-from .dtypes import STORAGE
-from .files import find, open_file, read_exact
-from .header import read_header
-from .layout import (
-    BLOCKS,
-    CONFIG,
-    GENERIC,
-    GENERIC_TENSOR,
-    Shard,
-    check_header,
-    expected_files,
-    shards,
-)
-from .manifest import Manifest, check_listed, check_sizes, read_manifest, verify_files
+from .layout import expected_files
+from .manifest import check_listed, verify_files
+from .reader import BlockReader
 from .report import BlockReport, FetchedMemory, FetchReport
 from .tiers import plan_tiers
 
 _MLX = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
-
-@dataclass
-class _OpenFile:
-    path: Path
-    fd: int
-    offset: int  # where the numbers start
-
-
-@dataclass
-class _Level:
-    shards: tuple[Shard, ...]
-    firsts: list[int]  # the first cluster of each shard
-    files: list[_OpenFile]
-    resident: list[mx.array] | None = None  # (rows, s_l) for each shard
 
 
 class MemoryBank:
@@ -72,16 +42,14 @@ class MemoryBank:
         resident_levels: levels that are held in memory as a whole.
     """
 
-    def __init__(self, folder: Path, config: MemoryConfig, manifest: Manifest) -> None:
-        self.folder = folder
-        self.config = config
-        self.revision = manifest.revision
+    def __init__(self, reader: BlockReader) -> None:
+        self.folder = reader.folder
+        self.config = reader.config
+        self.revision = reader.manifest.revision
         self.memory_budget = 0
         self.resident_levels: tuple[int, ...] = ()
-        self._manifest = manifest
-        self._levels: dict[int, _Level] = {}
-        self._generic: _OpenFile | None = None
-        self._fds: list[int] = []
+        self._reader = reader
+        self._resident: dict[int, list[mx.array]] = {}  # (rows, s_l) for each shard
         self._cache = BlockCache(0)
         self._blocked: set[tuple[int, int]] = set()
         self._closed = False
@@ -118,18 +86,10 @@ class MemoryBank:
         folder = Path(folder)
         if not folder.is_dir():
             raise FormatError(f"{folder}: no such folder; expected the memory folder of a model")
-        manifest = read_manifest(folder)
-        find(folder, CONFIG)
-        config = MemoryConfig.load(folder / CONFIG)
+        reader = BlockReader(folder)
+        bank = cls(reader)
         try:
-            names = expected_files(config)
-        except ConfigError as error:  # sizes are unknown, or too large for the format
-            raise ConfigError(f"{folder / CONFIG}: {error}") from None
-        check_listed(folder, manifest, names)
-        bank = cls(folder, config, manifest)
-        try:
-            bank._open_files()
-            check_sizes(folder, manifest)
+            config = reader.config
             tiers = plan_tiers(config, memory_budget, resident)
             bank.memory_budget = tiers.budget
             bank.resident_levels = tiers.resident
@@ -143,43 +103,17 @@ class MemoryBank:
             raise
         return bank
 
-    def _open_files(self) -> None:
-        config = self.config
-        for level in config.memory_levels:
-            parts = shards(config, level)
-            size = config.block_size(level)
-            files = [
-                self._open_file(part.name, BLOCKS, (part.rows, size), part.metadata)
-                for part in parts
-            ]
-            self._levels[level] = _Level(parts, [part.first for part in parts], files)
-        self._generic = self._open_file(GENERIC, GENERIC_TENSOR, (config.fetch_size(),))
-
-    def _open_file(
-        self, name: str, tensor: str, shape: tuple[int, ...], metadata: dict[str, str] | None = None
-    ) -> _OpenFile:
-        fd, size = open_file(self.folder, name)
-        self._fds.append(fd)
-        path = self.folder / name
-        header = read_header(fd, size, path, tensor)
-        check_header(header, self.config, path, shape, metadata)
-        return _OpenFile(path, fd, header.offset)
-
     def _load_level(self, level: int) -> None:
-        state = self._levels[level]
-        size = self.config.block_size(level)
-        arrays = []
-        for shard, file in zip(state.shards, state.files, strict=True):
-            arrays.append(self._read(file, 0, shard.rows * size).reshape(shard.rows, size))
+        shards = range(len(self._reader.shards(level)))
+        arrays = [self._array(self._reader.stored_shard(level, index)) for index in shards]
         mx.eval(arrays)
-        state.resident = arrays
+        self._resident[level] = arrays
 
     def close(self) -> None:
         """Close the files and drop the blocks held. A closed bank cannot be used again."""
         self._closed = True
-        while self._fds:
-            os.close(self._fds.pop())
-        self._levels.clear()
+        self._reader.close()
+        self._resident.clear()
         self._cache.clear()
 
     def __enter__(self) -> MemoryBank:
@@ -189,7 +123,7 @@ class MemoryBank:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_fds", None):
+        if not getattr(self, "_closed", True):
             self.close()
 
     def _check_open(self) -> None:
@@ -235,15 +169,9 @@ class MemoryBank:
         size = self.config.block_size(level)
         if (level, cluster) in self._blocked:
             return mx.zeros((size,), _MLX[self.config.dtype]), "blocked"
-        state = self._levels[level]
-        if cluster is None:
-            file, first = self._generic, self._generic_start(level)
-        else:
-            index = bisect_right(state.firsts, cluster) - 1
-            row = cluster - state.firsts[index]
-            if state.resident is not None:
-                return state.resident[index][row], "resident"
-            file, first = state.files[index], row * size
+        if cluster is not None and level in self._resident:
+            shard, row = self._reader.locate(level, cluster)
+            return self._resident[level][shard][row], "resident"
         block = self._cache.get((level, cluster))
         if block is not None:
             return block, "cached"
@@ -251,22 +179,14 @@ class MemoryBank:
         keep = nbytes <= self._cache.budget
         if keep:
             self._cache.make_room(nbytes)
-        block = self._read(file, first, size)
+        block = self._array(self._reader.stored(level, cluster))
         mx.eval(block)
         if keep:
             self._cache.put((level, cluster), block, nbytes)
         return block, "disk"
 
-    def _generic_start(self, level: int) -> int:
-        return sum(self.config.block_size(one) for one in self.config.memory_levels if one < level)
-
-    def _read(self, file: _OpenFile, first: int, count: int) -> mx.array:
-        # ``count`` numbers of the file, from number ``first`` on.
-        storage = STORAGE[self.config.dtype]
-        numbers = np.empty(count, storage)
-        offset = file.offset + first * storage.itemsize
-        read_exact(file.fd, memoryview(numbers).cast("B"), offset, file.path)
-        array = mx.array(numbers)
+    def _array(self, stored: np.ndarray) -> mx.array:
+        array = mx.array(stored)
         return array.view(mx.bfloat16) if self.config.dtype == "bfloat16" else array
 
     # ---- blocking ----------------------------------------------------------------------
@@ -313,8 +233,8 @@ class MemoryBank:
             FormatError: at the first file that is missing or altered, naming it.
         """
         self._check_open()
-        check_listed(self.folder, self._manifest, expected_files(self.config))
-        return verify_files(self.folder, self._manifest, progress)
+        check_listed(self.folder, self._reader.manifest, expected_files(self.config))
+        return verify_files(self.folder, self._reader.manifest, progress)
 
     @property
     def bytes_held(self) -> int:
@@ -341,7 +261,7 @@ class MemoryBank:
                     "block_bytes": config.block_bytes(level),
                     "total_bytes": self._level_bytes(level),
                     "dtype": config.dtype,
-                    "shards": len(self._levels[level].shards) if rank else 0,
+                    "shards": len(self._reader.shards(level)) if rank else 0,
                     "tier": resident if rank else "none",
                     "blocked": sum(one == level for one, _ in self._blocked),
                 }

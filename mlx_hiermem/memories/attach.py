@@ -13,22 +13,24 @@ the memory's branch. Saving, loading and quantising an anchor are therefore unto
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..config import AnchorShape, MemoryConfig
 from ..errors import ConfigError
 from . import ffn
+from .start import start_block
 
 
 class _CallMemory(threading.local):
-    """The memory of the call that is being traced, per thread; one (B, 3, R, d) per layer."""
+    """The memory of the call that is being traced, per thread: a layer's matrices by position."""
 
-    layers: Sequence[mx.array] | None = None
+    layers: Sequence[Any] | Mapping[int, Any] | None = None
 
 
 class ArraysCache(mlx_lm_cache.ArraysCache):
@@ -51,7 +53,8 @@ class MemoryModel(nn.Module):
         inputs: tokens (B, T).
         cache: the anchor's prompt cache plus one entry that holds the memory, or None.
         input_embeddings: (B, T, d) in place of the embedded tokens.
-        memory: joined memory (B or 1, L, 3, R, d); overrides the cache's entry.
+        memory: joined memory (B or 1, L, 3, R, d), or its matrices as :meth:`matrices` gives them;
+            overrides the cache's entry.
         mask: attention mask, handed on to anchors that take one (OpenLM).
 
     Returns:
@@ -65,6 +68,7 @@ class MemoryModel(nn.Module):
         shape = AnchorShape.of(anchor)
         self._width = shape.hidden_size
         self._memory_layers = config.memory_layers(shape)
+        self._memory_levels = config.memory_levels
         self._call = _CallMemory()
 
     def __call__(
@@ -72,7 +76,7 @@ class MemoryModel(nn.Module):
         inputs: mx.array,
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
-        memory: mx.array | None = None,
+        memory: mx.array | ffn.Matrices | None = None,
         mask: mx.array | None = None,
     ) -> mx.array:
         options: dict[str, Any] = {}
@@ -83,10 +87,7 @@ class MemoryModel(nn.Module):
         if cache is not None:
             *cache, entry = cache
             memory = entry[0] if memory is None else memory
-        # (B, L, 3, R, d) -> L times (B, 3, R, d)
-        self._call.layers = (
-            None if memory is None else [memory[:, i] for i in range(len(self._memory_layers))]
-        )
+        self._call.layers = self.matrices(memory) if isinstance(memory, mx.array) else memory
         try:
             return self.anchor(inputs, cache, **options)
         finally:
@@ -96,9 +97,27 @@ class MemoryModel(nn.Module):
         """Join the levels' blocks, (..., s_l) each, to a memory (..., L, 3, R, d)."""
         return ffn.join(blocks, len(self._memory_layers), self._width)
 
-    def init_block(self, level: int) -> mx.array:
-        """Start values of one block of ``level``, (s_l,) float32; they have no effect."""
-        return ffn.init_block(len(self._memory_layers), self.config.ranks[level - 1], self._width)
+    def matrices(self, memory: mx.array) -> ffn.Matrices:
+        """A joined memory matrix by matrix.
+
+        What is differentiated should be given so: the gradient of a slice is an array of the size
+        of the whole, once for each slice.
+        """
+        return ffn.matrices(memory)
+
+    def split(self, matrices: ffn.Matrices) -> list[mx.array]:
+        """Matrices, or their gradients, as blocks (B, s_l), one array per level with memory."""
+        ranks = [self.config.ranks[level - 1] for level in self._memory_levels]
+        return ffn.split(matrices, ranks)
+
+    def init_block(self, level: int, cluster: int, seed: int = 0) -> np.ndarray:
+        """Start values of a block, (s_l,) float32; see ``start_block``."""
+        return start_block(self.config, level, cluster, seed, self.anchor)
+
+    @property
+    def memory_positions(self) -> dict[int, int]:
+        """Which of the L parts of a joined memory each layer with memory uses."""
+        return {layer: position for position, layer in enumerate(self._memory_layers)}
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+#: For each layer with memory M1, M2 and M3, each (B or 1, R, d).
+Matrices = list[tuple[mx.array, mx.array, mx.array]]
 
 
 def join(blocks: Sequence[mx.array], layers: int, width: int) -> mx.array:
@@ -32,32 +36,67 @@ def join(blocks: Sequence[mx.array], layers: int, width: int) -> mx.array:
     )
 
 
-def init_block(layers: int, rank: int, width: int) -> mx.array:
+def matrices(memory: mx.array) -> Matrices:
+    """A joined memory (B, L, 3, R, d) layer by layer: M1, M2 and M3 as (B, R, d)."""
+    return [tuple(memory[:, layer, part] for part in range(3)) for layer in range(memory.shape[1])]
+
+
+def split(matrices: Matrices, ranks: Sequence[int]) -> list[mx.array]:
+    """From matrices, or their gradients, back to the blocks of each level.
+
+    Args:
+        matrices: as :func:`matrices` gives them.
+        ranks: r_l of each level with memory; their sum is R.
+
+    Returns:
+        One array (B, s_l) per level.
+    """
+    blocks, start = [], 0
+    for rank in ranks:
+        # L * 3 times (B, R, d) -> (B, r_l * d), one behind the other: (B, L * 3 * r_l * d)
+        rows = [
+            matrix[:, start : start + rank].reshape(len(matrix), -1)
+            for layer in matrices
+            for matrix in layer
+        ]
+        blocks.append(mx.concatenate(rows, axis=1))
+        start += rank
+    return blocks
+
+
+def init_block(layers: int, rank: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Start values of one block, (L * 3 * r * d,) float32: no effect on the anchor.
 
-    M1 and M2 are truncated normal, M3 is zero (section 3 of the paper, which gives no deviation;
-    ours is twice that of the fan-in, with which the loss fell faster at first).
+    M1 and M2 are truncated normal, cut at two deviations, M3 is zero (section 3 of the paper, which
+    gives no deviation; ours is twice that of the fan-in, with which the loss fell faster at first).
+    Drawn with NumPy: the same on every backend, and a thread that reads rows may do it.
     """
-    deviation = 2 * width**-0.5
-    gate_up = mx.random.truncated_normal(-2.0, 2.0, (layers, 2, rank, width)) * deviation
-    return mx.concatenate([gate_up, mx.zeros((layers, 1, rank, width))], axis=1).reshape(-1)
+    block = np.zeros((layers, 3, rank, width), np.float32)
+    for layer in block:
+        gate_up = rng.standard_normal((2, rank, width), np.float32)
+        while (beyond := np.flatnonzero(np.abs(gate_up) > 2)).size:
+            gate_up.reshape(-1)[beyond] = rng.standard_normal(beyond.size, np.float32)
+        layer[:2] = gate_up * np.float32(2 * width**-0.5)
+    return block.reshape(-1)
 
 
 def branch(
-    x: mx.array, memory: mx.array, activation: Callable[[mx.array], mx.array] = nn.silu
+    x: mx.array,
+    memory: tuple[mx.array, mx.array, mx.array],
+    activation: Callable[[mx.array], mx.array] = nn.silu,
 ) -> mx.array:
     """What the memory adds to one layer's FFN output.
 
     Args:
         x: the FFN's input (B, T, d).
-        memory: (B or 1, 3, R, d), this layer's part of the joined memory.
+        memory: this layer's M1, M2 and M3, each (B or 1, R, d).
         activation: the anchor's gate activation.
 
     Returns:
         (B, T, d), in the dtype of ``x``.
     """
-    m1, m2, m3 = memory[:, 0], memory[:, 1], memory[:, 2]
-    if memory.shape[0] == 1:
+    m1, m2, m3 = memory
+    if m1.shape[0] == 1:
         # One memory for the whole batch: plain matrices let the backend use one large product.
         m1, m2, m3 = m1[0], m2[0], m3[0]
     # (B, T, d) @ (B, d, R) -> (B, T, R)

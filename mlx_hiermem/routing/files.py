@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ..errors import FormatError
-from ..files import AtomicFile
+from ..files import write_safetensors
 
 
 def write_tensors(
@@ -20,13 +19,8 @@ def write_tensors(
 
     A crash at any moment leaves the old file or the new one, never a part of one.
     """
-    path = Path(path)
-    data = save(
-        {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()},
-        {"format": "mlx", **(metadata or {})},
-    )
-    with AtomicFile(path.parent, path.name) as file:
-        file.write(data)
+    arrays = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    write_safetensors(Path(path), arrays, metadata)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

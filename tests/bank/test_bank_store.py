@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_hiermem.bank import store
 from mlx_hiermem.bank.cache import BlockCache
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.bank.tiers import plan_tiers
@@ -103,7 +102,7 @@ def test_one_read_per_level_and_none_when_cached(bank, monkeypatch):
         return preadv(fd, buffers, offset)
 
     with MemoryBank.open(bank.folder, resident=[]) as opened:
-        monkeypatch.setattr(store.os, "preadv", counted)
+        monkeypatch.setattr(os, "preadv", counted)
         opened.fetch((1, 3))
         assert reads == [bank.config.block_bytes(1), bank.config.block_bytes(2)]
         opened.fetch((1, 3))

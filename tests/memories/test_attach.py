@@ -74,7 +74,7 @@ def effect(left: mx.array, right: mx.array) -> float:
 def test_start_values_have_no_effect(anchor):
     bare = anchor(tokens())
     model = attach(anchor, CONFIG)
-    memory = model.join([model.init_block(level) for level in (1, 2)])
+    memory = model.join([mx.array(model.init_block(level, 1)) for level in (1, 2)])
     assert memory.shape == (LAYERS, 3, R, D)
     assert mx.abs(memory).max() > 0
     assert_equal(model(tokens(), memory=memory[None]), bare)
@@ -163,7 +163,8 @@ def test_only_the_layers_of_the_config_change(anchor):
     assert [type(layer.mlp) is old for layer, old in zip(anchor.layers, classes, strict=True)] == [
         False, True, False,
     ]  # fmt: skip
-    assert model.join([model.init_block(1), model.init_block(2)]).shape == (2, 3, R, D)
+    blocks = [mx.array(model.init_block(level, 0)) for level in (1, 2)]
+    assert model.join(blocks).shape == (2, 3, R, D)
     memory = random_memory(1, layers=2)
     logits = model(tokens(), memory=memory)
     padded = mx.concatenate([memory[:, :1], mx.zeros((1, 1, 3, R, D)), memory[:, 1:]], axis=1)

@@ -43,10 +43,10 @@ def test_join_of_one_block_moves_nothing():
 
 
 def test_start_values():
-    mx.random.seed(0)
     rank, width = 50, 64
-    block = ffn.init_block(LAYERS, rank, width)
-    assert block.shape == (LAYERS * 3 * rank * width,) and block.dtype == mx.float32
+    block = ffn.init_block(LAYERS, rank, width, np.random.default_rng(0))
+    assert block.shape == (LAYERS * 3 * rank * width,) and block.dtype == np.float32
+    block = mx.array(block)
     m1, m2, m3 = block.reshape(LAYERS, 3, rank, width).swapaxes(0, 1)
     assert equal(m3, mx.zeros_like(m3))
     for matrix in (m1, m2):
@@ -59,7 +59,7 @@ def test_start_values():
 def test_branch_is_a_small_swiglu(batch):
     x = normal(2, 5, WIDTH)
     memory = normal(batch, 3, 4, WIDTH, seed=1)
-    out = ffn.branch(x, memory)
+    out = ffn.branch(x, ffn.matrices(memory[:, None])[0])
     assert out.shape == x.shape
     for row in range(2):
         m1, m2, m3 = np.array(memory[row % batch])
@@ -73,7 +73,9 @@ def test_branch_takes_the_anchors_activation():
     m1, m2, m3 = memory[0]
     expected = (mx.maximum(x @ m1.T, 0) * (x @ m2.T)) @ m3
     np.testing.assert_allclose(
-        np.array(ffn.branch(x, memory, lambda inner: mx.maximum(inner, 0))),
+        np.array(
+            ffn.branch(x, ffn.matrices(memory[:, None])[0], lambda inner: mx.maximum(inner, 0))
+        ),
         np.array(expected),
         atol=1e-5,
     )
@@ -81,4 +83,10 @@ def test_branch_takes_the_anchors_activation():
 
 def test_branch_keeps_half_precision():
     x, memory = normal(1, 5, WIDTH).astype(mx.bfloat16), normal(1, 3, 4, WIDTH).astype(mx.bfloat16)
-    assert ffn.branch(x, memory).dtype == mx.bfloat16
+    assert ffn.branch(x, ffn.matrices(memory[:, None])[0]).dtype == mx.bfloat16
+
+
+def test_split_undoes_join():
+    blocks = [normal(2, LAYERS * 3 * rank * WIDTH, seed=rank) for rank in (4, 2, 1)]
+    found = ffn.split(ffn.matrices(ffn.join(blocks, LAYERS, WIDTH)), (4, 2, 1))
+    assert all(equal(left, right) for left, right in zip(found, blocks, strict=True))
