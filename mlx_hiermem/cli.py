@@ -21,7 +21,10 @@ COMMANDS = {
     "generate": "answer one prompt with a fetched memory and report what was fetched",
     "chat": "talk to a model in the terminal",
     "demo": "open the model that ships with the package in the browser",
+    "train": "train an anchor, or memories on it, on a corpus that cluster has made",
     "evaluate": "measure facts, routing or perplexity, with the memory fetched, generic and off",
+    "cluster": "make a corpus: embed documents, grow the tree, assign, pack",
+    "merge": "put the subtrees that train --subtree trained together to one model",
     "bank": "inspect or verify a memory bank",
     "doctor": "show the backend, its speed, the versions, and what to mend",
 }

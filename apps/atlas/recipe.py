@@ -17,15 +17,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
+from tqdm import trange
 
 from mlx_hiermem.anchors import openlm
 from mlx_hiermem.config import AnchorShape, MemoryConfig
 from mlx_hiermem.corpus.packed import PackedCorpus, pack
-from mlx_hiermem.memories import MemoryModel, attach
+from mlx_hiermem.memories import GENERIC, MemoryModel, attach
 from mlx_hiermem.routing.embeddings import EmbeddingEncoder, embedding_table
 from mlx_hiermem.routing.grow import grow
 from mlx_hiermem.routing.tree import ClusterTree
-from mlx_hiermem.training.trainer import TrainConfig, Trainer
+from mlx_hiermem.training.config import TrainConfig
+from mlx_hiermem.training.rows import BankRows
+from mlx_hiermem.training.trainer import Trainer
 
 from .corpus import CorpusConfig, documents, fact_documents
 from .facts import facts
@@ -72,7 +75,7 @@ class Recipe:
         """Settings of a run of the bare anchor (appendix A of the paper, at this size)."""
         return TrainConfig(
             "anchor",
-            steps=steps,
+            iters=steps,
             batch_size=self.batch_size,
             learning_rate=self.anchor_rate,
             final_learning_rate=self.anchor_rate / 100,
@@ -85,7 +88,7 @@ class Recipe:
         """Settings of the co-training, and of the run of the generic memory that follows it."""
         return TrainConfig(
             "frozen" if generic else "cotrain",
-            steps=self.memory_steps,
+            iters=self.memory_steps,
             batch_size=self.batch_size,
             learning_rate=self.memory_rate,
             final_learning_rate=self.memory_rate / 10,
@@ -113,9 +116,8 @@ def stage_anchor(recipe: Recipe, work: Path) -> None:
     mx.random.seed(recipe.seed)
     model = openlm.Model(recipe.anchor)
     openlm.init_weights(model)
-    Trainer(
-        model, _mixed_corpus(recipe, work), recipe.anchor_training(recipe.anchor_steps, recipe.seed)
-    ).run()
+    settings = recipe.anchor_training(recipe.anchor_steps, recipe.seed)
+    _train(Trainer(model, _mixed_corpus(recipe, work), settings))
     save_weights(model, work / "anchor.safetensors")
 
 
@@ -155,10 +157,15 @@ def stage_cotrain(recipe: Recipe, work: Path) -> None:
     model = memory_model(recipe, load_anchor_weights(recipe, work / "anchor.safetensors"))
     model.anchor.model.embed_tokens.freeze()
     trainer = Trainer(model, clustered_corpus(recipe, work), recipe.memory_training(generic=False))
-    trainer.run()
+    _train(trainer)
     folder = work / "cotrained"
     folder.mkdir(exist_ok=True)
-    levels = {f"level{level}": mx.array(rows.values) for level, rows in trainer.rows.levels.items()}
+    levels = {
+        f"level{level}": mx.array(
+            np.stack(list(trainer.rows.values(level, range(model.config.clusters(level)))))
+        )
+        for level in model.config.memory_levels
+    }
     mx.save_safetensors(str(folder / "bank.safetensors"), levels)
     _save_generic(trainer, folder / "generic.safetensors")
     save_weights(model.anchor, folder / "anchor.safetensors")
@@ -172,20 +179,33 @@ def stage_generic(recipe: Recipe, work: Path) -> None:
     folder = work / "cotrained"
     model = memory_model(recipe, load_anchor_weights(recipe, folder / "anchor.safetensors"))
     stored, start = mx.load(str(folder / "generic.safetensors"))["generic"], 0
-    generic = []
+    generic = {}
     for level in model.config.memory_levels:
-        generic.append(stored[start : start + model.config.block_size(level)])
-        start += model.config.block_size(level)
+        size = model.config.block_size(level)
+        generic[level] = np.array(stored[start : start + size])
+        start += size
+    # No cluster's row is touched: every sequence uses the generic memory.
+    rows = BankRows(model.config, lambda level, cluster: generic[level])
     trainer = Trainer(
-        model, clustered_corpus(recipe, work), recipe.memory_training(generic=True), generic=generic
+        model, clustered_corpus(recipe, work), recipe.memory_training(generic=True), rows
     )
-    trainer.run()
+    _train(trainer)
     _save_generic(trainer, work / "generic.safetensors")
 
 
 def _save_generic(trainer: Trainer, path: Path) -> None:
     """Write the generic memory, the blocks of the levels one behind the other."""
-    mx.save_safetensors(str(path), {"generic": mx.concatenate(trainer.generic)})
+    levels = trainer.model.config.memory_levels
+    generic = np.concatenate([next(trainer.rows.values(level, [GENERIC])) for level in levels])
+    mx.save_safetensors(str(path), {"generic": mx.array(generic)})
+
+
+def _train(trainer: Trainer) -> None:
+    """Do all steps; the weights are in the model and in the rows then."""
+    with trange(trainer.config.iters, desc=trainer.config.regime, unit="step") as bar:
+        for _ in bar:
+            bar.set_postfix_str(f"loss {trainer.step().loss:.3f}", refresh=False)
+    trainer.settle()
 
 
 def stage_control(recipe: Recipe, work: Path) -> None:
@@ -198,7 +218,8 @@ def stage_control(recipe: Recipe, work: Path) -> None:
     model = openlm.Model(recipe.anchor)
     openlm.init_weights(model)
     steps = recipe.anchor_steps + recipe.memory_steps
-    Trainer(model, _mixed_corpus(recipe, work), recipe.anchor_training(steps, recipe.seed)).run()
+    settings = recipe.anchor_training(steps, recipe.seed)
+    _train(Trainer(model, _mixed_corpus(recipe, work), settings))
     save_weights(model, work / "anchor_same_tokens.safetensors")
 
 

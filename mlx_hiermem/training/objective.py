@@ -7,9 +7,11 @@ to each document).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..memories import MemoryModel
 
@@ -45,16 +47,18 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 def next_token_loss(
     model: nn.Module,
     tokens: mx.array,
-    memory: mx.array | None,
+    memory: Any,
     end_of_text: int,
     mask_documents: bool = True,
 ) -> tuple[mx.array, mx.array]:
-    """Mean cross entropy of the next token, in nats, and the number of tokens predicted.
+    """Summed cross entropy of the next token, in nats, and the number of tokens predicted.
+
+    The sum, so that parts of a batch add up, whatever the number of tokens in each.
 
     Args:
         model: a :class:`MemoryModel`, or a bare anchor when ``memory`` is None.
         tokens: packed sequences (B, T).
-        memory: joined memory (B or 1, L, 3, R, d), or None for the anchor alone.
+        memory: as a ``MemoryModel`` takes it, or None for the anchor alone.
         end_of_text: token between documents. What follows it is the start of an unrelated
             document, which nothing could predict, so it is left out of the loss.
         mask_documents: keep attention inside documents; off for anchors that were not
@@ -66,6 +70,9 @@ def next_token_loss(
         options["memory"] = memory
     logits = model(inputs, **options)
     counted = inputs != end_of_text
-    losses = cross_entropy(logits, targets) * counted
-    count = counted.sum()
-    return losses.sum() / mx.maximum(count, 1), count
+    return (cross_entropy(logits, targets) * counted).sum(), counted.sum()
+
+
+def predicted_tokens(tokens: np.ndarray, end_of_text: int) -> int:
+    """How many tokens of packed sequences (B, T) the loss counts."""
+    return int((tokens[:, :-1] != end_of_text).sum())

@@ -1,99 +1,57 @@
-"""The training loop for the regimes ``anchor``, ``frozen`` and ``cotrain``.
+"""One optimizer step after the other, for each regime of ``config.py``.
 
-- ``anchor``: the bare anchor, no memories.
-- ``frozen``: only memories learn (post-hoc).
-- ``cotrain``: anchor and memories learn together, from a trained anchor.
+With memories each sequence uses the fetched memory of its leaf or, with the generic probability,
+the generic memory. Only the rows of a batch get gradients (section 3 of the paper).
 
-With memories each sequence uses the fetched memory of its leaf, or, with probability
-``generic_probability``, the generic memory. Only the rows of a batch get gradients.
-Source: section 3 and appendix A of the paper.
+Notable: everything random in a step follows from the seed and the step's number, so a run that
+resumes sees what it would have seen. Weights and optimizer state are float32; with ``bfloat16`` the
+computation sees them rounded. A step whose loss or gradient is no number changes nothing.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
-from tqdm import tqdm
+from mlx.utils import tree_flatten, tree_map
 
 from ..corpus.packed import PackedCorpus
 from ..errors import TrainingError
 from ..memories import MemoryModel
-from .objective import next_token_loss
-from .rows import BankRows
+from ..memories.recompute import recompute_layers
+from .config import TrainConfig
+from .distributed import Processes
+from .objective import next_token_loss, predicted_tokens
+from .order import SequenceOrder
+from .rows import BankRows, Key
 
-REGIMES = ("anchor", "frozen", "cotrain")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that steers one training run. The defaults are the paper's, for memories.
-
-    Attributes:
-        regime: one of ``REGIMES``.
-        steps: optimizer steps.
-        batch_size: sequences per step.
-        learning_rate, final_learning_rate: peak, and where the cosine ends.
-        anchor_share: in co-training the anchor's learning rate as a share of the memories'; 1 in
-            the paper. Parameters that are frozen (``Module.freeze``) stay as they are.
-        warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW's decoupled decay (1e-3 for memories, 0.05 for anchors).
-        clip: largest global gradient norm.
-        generic_probability: share of sequences that use the generic memory; None means
-            1 / (k + 1). 1.0 trains the generic memory alone.
-        mask_documents: keep attention inside documents.
-        seed: order of the sequences and choice of those that use the generic memory.
-    """
-
-    regime: Literal["anchor", "frozen", "cotrain"]
-    steps: int
-    batch_size: int = 64
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 1e-5
-    anchor_share: float = 1.0
-    warmup_steps: int = 0
-    weight_decay: float = 1e-3
-    clip: float = 1.0
-    generic_probability: float | None = None
-    mask_documents: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.regime not in REGIMES:
-            raise TrainingError(f"regime {self.regime!r}: expected one of {', '.join(REGIMES)}")
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.generic_probability is not None and not 0 <= self.generic_probability <= 1:
-            raise TrainingError(
-                f"generic_probability is {self.generic_probability}: expected 0 to 1"
-            )
-
-    def rate(self, step: int) -> float:
-        """Learning rate at ``step`` (from 0): linear warm-up, then a cosine to the final rate."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: step (from 1), loss in nats, learning rate, gradient norm, tokens/s."""
+    """What one step did.
+
+    Attributes:
+        step: its number, from 1.
+        loss: mean over the tokens predicted, in nats.
+        learning_rate: of the memories, or of a bare anchor.
+        gradient_norm: of all gradients together, before clipping.
+        tokens: predicted in this step, over all processes.
+        tokens_per_second: of them.
+    """
 
     step: int
     loss: float
     learning_rate: float
     gradient_norm: float
+    tokens: int
     tokens_per_second: float
 
 
@@ -101,16 +59,19 @@ class Trainer:
     """Trains an anchor, or a :class:`MemoryModel` with its bank's rows, on a packed corpus.
 
     Args:
-        model: a bare anchor (regime ``anchor``) or a ``MemoryModel``.
+        model: a bare anchor (regime ``anchor``) or a ``MemoryModel``; its trainable parameters
+            learn, those that are frozen (``Module.freeze``) stay as they are.
         corpus: packed sequences.
         config: the run's settings.
-        rows: the bank in training; made fresh when memories are trained and none are given.
-        generic: the generic memory, one (s_l,) float32 per level with memory, likewise.
+        rows: the bank in training; a fresh one in memory by default.
+        processes: of a distributed run; those that ``mlx.launch`` started by default.
 
-    After ``run`` the results are in ``model``, ``rows`` and ``generic``.
+    Attributes:
+        done: steps done.
+        rows: the bank in training, the generic memory included; None without memories.
 
     Raises:
-        TrainingError: the regime and the model do not fit, or the loss is no longer a number.
+        TrainingError: the regime and the model do not fit.
     """
 
     def __init__(
@@ -119,150 +80,183 @@ class Trainer:
         corpus: PackedCorpus,
         config: TrainConfig,
         rows: BankRows | None = None,
-        generic: list[mx.array] | None = None,
-    ):
-        with_memory = config.regime != "anchor"
-        if with_memory != isinstance(model, MemoryModel):
-            needed = "a model with memories" if with_memory else "a bare anchor"
+        processes: Processes | None = None,
+    ) -> None:
+        if config.with_memory != isinstance(model, MemoryModel):
+            needed = "a model with memories" if config.with_memory else "a bare anchor"
             raise TrainingError(
                 f"regime {config.regime} needs {needed}, got {type(model).__name__}; see "
                 "memories.attach and memories.detach"
             )
+        self.processes = processes or Processes()
+        if config.batch_size % self.processes.size:
+            raise TrainingError(
+                f"batch_size is {config.batch_size}: expected a multiple of the "
+                f"{self.processes.size} processes"
+            )
         self.model, self.corpus, self.config = model, corpus, config
-        self.rows, self.generic = rows, generic
-        self._generic_probability = 0.0
-        if with_memory:
-            memory = model.config
-            mx.random.seed(config.seed)
-            probability = config.generic_probability
-            self._generic_probability = (
-                1 / (memory.branching + 1) if probability is None else probability
-            )
-            if self.generic is None:
-                self.generic = [model.init_block(level) for level in memory.memory_levels]
-            if self.rows is None and self._generic_probability < 1:
-                self.rows = BankRows(memory, model.init_block)
-        self._trains_anchor = config.regime != "frozen"
-        # One each, since a step without a generic sequence must not count for the generic memory.
-        self._optimizers = {
-            name: optim.AdamW(
-                config.learning_rate,
-                betas=[0.9, 0.95],
-                weight_decay=config.weight_decay,
-                bias_correction=True,
-            )
-            for name in ("anchor", "generic")
-        }
-        self._rng = np.random.default_rng([config.seed, 1])
-
-    def run(
-        self, on_step: Callable[[StepReport], None] | None = None, progress: bool = True
-    ) -> float:
-        """Train for ``config.steps`` steps; returns the mean loss of the last tenth, in nats."""
-        losses = []
-        with tqdm(
-            total=self.config.steps, desc=self.config.regime, unit="step", disable=not progress
-        ) as bar:
-            for report in self.steps():
-                losses.append(report.loss)
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tokens/s",
-                    refresh=False,
+        self.anchor: nn.Module = model.anchor if isinstance(model, MemoryModel) else model
+        self.done = 0
+        self.rows = rows
+        self._generic_share = 0.0
+        if isinstance(model, MemoryModel):
+            self._generic_share = config.generic_share(model.config.branching)
+            if rows is None:
+                self.rows = BankRows(
+                    model.config,
+                    lambda level, cluster: model.init_block(level, cluster, config.seed),
+                    anchor=self.anchor,
                 )
-                if on_step is not None:
-                    on_step(report)
-        return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+        self._order = SequenceOrder(len(corpus), config.seed)
+        #: Of the computation.
+        self.dtype = _DTYPES[config.dtype]
+        if config.grad_checkpoint:
+            recompute_layers(model)
+        #: The anchor's weights that learn, float32.
+        self.weights: dict[str, Any] = {}
+        if config.trains_anchor:
+            trainable = self.anchor.trainable_parameters()
+            self.weights = tree_map(lambda weight: weight.astype(mx.float32), trainable)
+        if self.dtype != mx.float32:
+            self.anchor.set_dtype(self.dtype)
+        self.optimizer = optim.AdamW(
+            config.learning_rate,
+            betas=[0.9, 0.95],
+            weight_decay=config.weight_decay,
+            bias_correction=True,
+        )
+        self.optimizer.init(self.weights)
 
-    def steps(self) -> Iterator[StepReport]:
-        """The steps, one report each."""
-        batches = self.corpus.batches(self.config.batch_size, self.config.seed)
-        for step in range(self.config.steps):
-            started = time.perf_counter()
-            tokens, leaves = next(batches)
-            loss, norm, count = self._step(tokens, leaves, self.config.rate(step))
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"step {step + 1}: the loss is {loss}; lower the learning rate "
-                    f"({self.config.learning_rate}) or the clipping ({self.config.clip})"
-                )
-            seconds = time.perf_counter() - started
-            yield StepReport(step + 1, loss, self.config.rate(step), norm, count / seconds)
+    # ---- a step ------------------------------------------------------------------------
 
-    def _step(
-        self, tokens: np.ndarray, leaves: np.ndarray, rate: float
-    ) -> tuple[float, float, int]:
-        """One optimizer step; returns loss, gradient norm before clipping, tokens predicted."""
-        use_generic = self._rng.random(len(leaves)) < self._generic_probability
-        ids: dict[int, np.ndarray] = {}
-        rows: list[mx.array] = []
-        places: list[mx.array] = []
-        if self.rows is not None and not use_generic.all():
-            # Sequences that use the generic memory must not leave their mark on a block: rows are
-            # gathered for the others alone.
-            ids, rows, places = self.rows.gather(leaves[~use_generic])
-        learned: dict[str, Any] = {"rows": rows}
-        if self._trains_anchor:
-            learned["anchor"] = self._anchor.trainable_parameters()
-        if use_generic.any():
-            learned["generic"] = self.generic
-        order = np.argsort(np.argsort(use_generic, kind="stable"), kind="stable")
+    def step(self) -> StepReport:
+        """Do one optimizer step.
 
-        def loss_of(learned: dict[str, Any], tokens: mx.array) -> tuple[mx.array, mx.array]:
+        Raises:
+            TrainingError: loss or gradient is no number; nothing was changed.
+        """
+        started = time.perf_counter()
+        config, rate = self.config, self.config.rate(self.done)
+        tokens, ids = self._batch(self.done)
+        count = predicted_tokens(tokens, self.corpus.end_of_text)
+        loss, anchor_gradients, row_gradients = self._gradients(tokens, ids, max(1, count))
+        if self.rows is not None:
+            keys = self.rows.keys(ids)
+            row_gradients = self.processes.sum_rows(row_gradients, keys, self.rows.sizes)
+        anchor_gradients, loss = self.processes.sum((anchor_gradients, loss))
+
+        norm = _norm(anchor_gradients, row_gradients)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm):
+            raise TrainingError(
+                f"step {self.done + 1}: the loss is {loss.item():.4g}, its gradient's norm "
+                f"{norm:.4g}; this step was not taken: lower learning_rate "
+                f"({config.learning_rate:g}) or clip ({config.clip:g}), and go on from the last "
+                "checkpoint"
+            )
+        scale = min(1.0, config.clip / (norm + 1e-6))
+        if self.weights:
+            share = config.anchor_share if self.rows is not None else 1.0
+            self.optimizer.learning_rate = rate * share
+            scaled = tree_map(lambda gradient: gradient * scale, anchor_gradients)
+            self.weights = self.optimizer.apply_gradients(scaled, self.weights)
+            mx.eval(self.weights, self.optimizer.state)
+        if self.rows is not None:
+            self.rows.update(row_gradients, rate, config.weight_decay, scale)
+        self.done += 1
+        seconds = time.perf_counter() - started
+        return StepReport(self.done, loss.item(), rate, norm, count, count / seconds)
+
+    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens (B, T) and ids of rows (B, levels) of a whole step, over all processes."""
+        size = self.config.sequences_per_step
+        tokens, leaves = self.corpus.take(self._order.indices(step * size, size))
+        if self.rows is None:
+            return tokens, None
+        draws = np.random.default_rng([self.config.seed, 1, step]).random(size)
+        return tokens, self.rows.ids(leaves, draws < self._generic_share)
+
+    def _gradients(
+        self, tokens: np.ndarray, ids: np.ndarray | None, count: int
+    ) -> tuple[mx.array, Any, dict[Key, np.ndarray]]:
+        """This process's share of a step: loss, the anchor's gradients, and those of rows."""
+        config, processes = self.config, self.processes
+        width = config.batch_size // processes.size
+        starts = [
+            part * config.batch_size + processes.rank * width
+            for part in range(config.grad_accumulation_steps)
+        ]
+        total, anchor_gradients = mx.array(0.0), None
+        row_gradients: dict[Key, np.ndarray] = {}
+        differentiate = mx.value_and_grad(self._loss)
+        for number, start in enumerate(starts):
+            part = slice(start, start + width)
+            learned: dict[str, Any] = {"anchor": self.weights} if self.weights else {}
+            if ids is not None:
+                learned["memory"] = self.memory(ids[part])
+            loss, gradients = differentiate(learned, mx.array(tokens[part]), 1 / count)
             if "anchor" in learned:
-                self._anchor.update(learned["anchor"])
-            memory = self._memory(learned, places, use_generic, order)
-            return next_token_loss(
-                self.model, tokens, memory, self.corpus.end_of_text, self.config.mask_documents
-            )
-
-        (loss, count), gradients = mx.value_and_grad(loss_of)(learned, mx.array(tokens))
-        gradients, norm = optim.clip_grad_norm(gradients, self.config.clip)
-        if ids:
-            self.rows.update(ids, rows, gradients["rows"], rate, self.config.weight_decay)
-        for name, optimizer in self._optimizers.items():
-            if name in learned:
-                share = self.config.anchor_share if name == "anchor" else 1.0
-                optimizer.learning_rate = rate * share
-                learned |= optimizer.apply_gradients({name: gradients[name]}, {name: learned[name]})
-        if "anchor" in learned:
-            self._anchor.update(learned["anchor"])
-        if "generic" in learned:
-            self.generic = learned["generic"]
-        mx.eval(learned, [optimizer.state for optimizer in self._optimizers.values()])
-        return loss.item(), norm.item(), int(count.item())
-
-    def _memory(
-        self,
-        learned: dict[str, Any],
-        places: list[mx.array],
-        use_generic: np.ndarray,
-        order: np.ndarray,
-    ) -> mx.array | None:
-        """The batch's memory (B or 1, L, 3, R, d), from compact rows and the generic memory."""
-        if not isinstance(self.model, MemoryModel):
-            return None
-        parts = []
-        if learned["rows"]:
-            # (U_l, s_l) -> (sequences with fetched memory, s_l) -> (..., L, 3, R, d)
-            parts.append(
-                self.model.join(
-                    [row[place] for row, place in zip(learned["rows"], places, strict=True)]
+                found = gradients["anchor"]
+                anchor_gradients = (
+                    found if anchor_gradients is None else tree_map(mx.add, anchor_gradients, found)
                 )
-            )
-        if "generic" in learned:
-            generic = self.model.join([block[None] for block in learned["generic"]])
-            if not parts:
-                return generic
-            parts.append(mx.repeat(generic, int(use_generic.sum()), axis=0))
-        if len(parts) == 1:
-            return parts[0]
-        # Fetched memories stand first and generic ones last; put them back in the batch's order.
-        return mx.concatenate(parts)[mx.array(order)]
+            row_parts = self.model.split(gradients["memory"]) if ids is not None else []
+            total = total + loss
+            # The next batch's rows are read while this one computes.
+            mx.async_eval(total, anchor_gradients, row_parts)
+            if ids is not None:
+                if number + 1 < len(starts):
+                    self.rows.prefetch(ids[starts[number + 1] : starts[number + 1] + width])
+                elif self.done + 1 < config.iters:
+                    self.rows.prefetch(self._batch(self.done + 1)[1][starts[0] : starts[0] + width])
+            mx.eval(total, anchor_gradients, row_parts)
+            if ids is not None:
+                _add_rows(row_gradients, self.rows.levels, ids[part], row_parts)
+        return total, anchor_gradients if anchor_gradients is not None else {}, row_gradients
 
-    @property
-    def _anchor(self) -> nn.Module:
-        return self.model.anchor if isinstance(self.model, MemoryModel) else self.model
+    def _loss(self, learned: dict[str, Any], tokens: mx.array, scale: float) -> mx.array:
+        if "anchor" in learned:
+            self.anchor.update(tree_map(lambda w: w.astype(self.dtype), learned["anchor"]))
+        memory = None
+        if "memory" in learned:
+            memory = tree_map(lambda matrix: matrix.astype(self.dtype), learned["memory"])
+        loss, _ = next_token_loss(
+            self.model, tokens, memory, self.corpus.end_of_text, self.config.document_mask
+        )
+        return loss * scale
+
+    def memory(self, ids: np.ndarray) -> list[tuple[mx.array, ...]]:
+        """The matrices of rows (B, levels), float32; see ``MemoryModel.matrices``."""
+        joined = self.model.join([mx.array(block) for block in self.rows.gather(ids)])
+        return tree_map(mx.contiguous, self.model.matrices(joined))
+
+    def settle(self) -> None:
+        """Put the weights that were learned so far into the model, in the computation's dtype."""
+        self.anchor.update(tree_map(lambda weight: weight.astype(self.dtype), self.weights))
+
+
+def _add_rows(
+    sums: dict[Key, np.ndarray], levels: tuple[int, ...], ids: np.ndarray, parts: list[mx.array]
+) -> None:
+    """Add a batch's gradients (B or 1, s_l) per level to those of the rows that were used."""
+    for level, column, part in zip(levels, ids.T, parts, strict=True):
+        for cluster, gradient in zip(column.tolist(), np.array(part, copy=False)):  # noqa: B905
+            # A batch whose sequences share all rows has one gradient, which is their sum already.
+            key = (level, cluster)
+            if key in sums:
+                sums[key] += gradient
+            else:
+                sums[key] = gradient.copy()
+
+
+def _norm(anchor_gradients: Any, row_gradients: dict[Key, np.ndarray]) -> float:
+    """The norm of all gradients together."""
+    squares = [gradient.square().sum() for _, gradient in tree_flatten(anchor_gradients)]
+    total = float(mx.stack(squares).sum().item()) if squares else 0.0
+    # In the order of the keys: the sum must not depend on which sequence came first.
+    total += sum(
+        float(np.dot(row_gradients[key], row_gradients[key])) for key in sorted(row_gradients)
+    )
+    return math.sqrt(total)
 
 
 def parameter_count(model: nn.Module) -> int:

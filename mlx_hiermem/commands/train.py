@@ -1,0 +1,263 @@
+"""``mlx_hiermem train``: train an anchor, or memories on it, on a corpus made by ``cluster``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import InputError
+from ..training.config import Cadence, TrainConfig
+from .options import parse_bytes
+from .settings import add_settings, read_settings, show_settings
+from .tables import table
+
+if TYPE_CHECKING:
+    from ..config import MemoryConfig
+    from ..corpus.folder import Corpus
+    from ..training.setup import Start
+    from ..training.trainer import Trainer
+
+EXIT_INTERRUPTED = 130
+
+
+def _words(text: str, **more: Any) -> dict[str, Any]:
+    return {"help": text, **more}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where things are, and what the bank is to be."""
+
+    data: Path = field(metadata=_words("corpus folder, as cluster wrote it"))
+    run: Path = field(metadata=_words("folder of the run: checkpoints, curves, the model"))
+    model: str | None = field(
+        default=None,
+        metadata=_words("trained anchor: model folder, name of a model that ships, or repository"),
+    )
+    anchor: str | None = field(
+        default=None,
+        metadata=_words("anchor with random weights: 160M, 410M, 1.4B, or a JSON file"),
+    )
+    ranks: tuple[int, ...] | None = field(
+        default=None,
+        metadata=_words("memory config, one rank per level", default="256,64,16,0 for 4 levels"),
+    )
+    memory_layers: tuple[int, ...] | None = field(
+        default=None, metadata=_words("layers with memory", default="all")
+    )
+    bank_dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata=_words("of the blocks in the finished model")
+    )
+    memory_budget: int | None = field(
+        default=None,
+        metadata=_words(
+            "bytes that rows of the bank and their optimizer state may take in memory",
+            type=parse_bytes,
+            metavar="SIZE",
+            default="a quarter of the system's memory",
+        ),
+    )
+    freeze: tuple[str, ...] = field(
+        default=(),
+        metadata=_words("parameters of the anchor that do not learn, such as '*embed_tokens*'"),
+    )
+    subtree: int | None = field(
+        default=None,
+        metadata=_words("train this level-1 subtree alone, for merge (regime frozen)"),
+    )
+    fresh_memory: bool = field(
+        default=False, metadata=_words("start a new bank even if the model has one")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Cadence, TrainConfig, Places):
+    """The settings of the command."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        Cadence.__post_init__(self)
+
+    @classmethod
+    def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The paper's numbers for the regime; bfloat16 where MLX computes on a GPU."""
+        from ..backend import backend_name
+
+        dtype = "float32" if backend_name() == "cpu" else "bfloat16"
+        found = TrainConfig.defaults(given) | {"dtype": dtype}
+        if given.get("subtree") is not None:
+            found["generic_probability"] = 0.0  # one generic memory cannot belong to 16 jobs
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, TrainSettings)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint of the run"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = read_settings(TrainSettings, args)
+    values = settings.values
+    _check(values, args.resume)
+
+    from ..backend import backend_name, keep_freed_memory
+    from ..training.distributed import Processes
+
+    if backend_name() == "cpu":
+        keep_freed_memory()
+    processes = Processes()
+    if processes.rank == 0:
+        print(show_settings(settings), file=sys.stderr)
+    result = _train(values, args.resume, processes)
+    if processes.rank == 0:
+        if args.json:
+            print(json.dumps({"settings": settings.to_dict(), **result}, indent=2))
+        else:
+            print(_text(values, result))
+    return EXIT_INTERRUPTED if result["stopped"] else 0
+
+
+def _check(values: TrainSettings, resume: bool) -> None:
+    """Refuse what cannot go together before anything is loaded."""
+    trains_new = values.regime in ("anchor", "scratch")
+    if values.model is not None and values.anchor is not None:
+        raise InputError("--model and --anchor: give one of them, a trained or a fresh anchor")
+    if values.model is None and values.anchor is None:
+        what = "--anchor, such as 160M, or --model" if trains_new else "--model"
+        raise InputError(f"regime {values.regime}: no anchor is given; give {what}")
+    if values.anchor is not None and not trains_new:
+        raise InputError(
+            f"--anchor: regime {values.regime} needs a trained anchor; give --model, or the "
+            "regime scratch"
+        )
+    if values.model is not None and values.regime == "scratch":
+        raise InputError("--model: regime scratch starts from random weights; give --anchor")
+    if values.subtree is not None and values.regime != "frozen":
+        raise InputError(
+            f"--subtree: jobs are independent with a frozen anchor only, not in {values.regime}"
+        )
+    if (values.run / "model").exists() or (values.run / "subtree").exists():
+        raise InputError(f"--run {values.run}: the run is finished; name another folder")
+    has_state = (values.run / "state").exists()
+    if has_state and not resume:
+        raise InputError(
+            f"--run {values.run}: holds a run; add --resume to go on with it, or name another "
+            "folder"
+        )
+    if resume and not has_state:
+        raise InputError(f"--run {values.run}: no run to resume there; start without --resume")
+
+
+def _train(values: TrainSettings, resume: bool, processes: Any) -> dict[str, Any]:
+    from ..corpus.folder import Corpus
+    from ..memories import attach
+    from ..training import setup
+    from ..training.checkpoint import Checkpoints
+    from ..training.fingerprints import anchor_sha256
+    from ..training.run import run as run_steps
+    from ..training.trainer import Trainer
+
+    corpus = Corpus.open(values.data)
+    start = setup.open_start(corpus, values.model, values.anchor, values.seed)
+    setup.check_tokens(corpus, start)
+    config = _train_config(values, setup.takes_mask(start.anchor))
+    if values.document_mask and not config.document_mask and processes.rank == 0:
+        print("document mask off: this anchor's network takes no mask", file=sys.stderr)
+    frozen = setup.freeze(start.anchor, values.freeze)
+    fingerprint = anchor_sha256(start.anchor)
+
+    sequences, held_out = corpus.train, corpus.validation
+    memory, rows, model = None, None, start.anchor
+    state = values.run / "state" / f"rank-{processes.rank}"
+    if config.with_memory:
+        setup.check_encoder(corpus, start.anchor, config.trains_anchor)
+        name = Path(values.model or values.anchor).name
+        memory = setup.memory_config(
+            corpus, start.anchor, name, values.ranks, values.memory_layers, values.bank_dtype
+        )
+        model = attach(start.anchor, memory)
+        folder = None if values.fresh_memory else start.folder
+        budget = values.memory_budget or setup.default_budget()
+        rows = setup.open_rows(corpus, memory, values.seed, folder, state, budget)
+        if values.subtree is not None:
+            sequences, held_out = setup.of_subtree(corpus, memory, values.subtree)
+    identity = {
+        "settings": asdict(config),
+        "memory": None if memory is None else memory.to_dict(),
+        "corpus": corpus.revision,
+        "anchor": fingerprint,
+        "frozen": frozen,
+        "subtree": values.subtree,
+        "processes": processes.size,
+    }
+    try:
+        trainer = Trainer(model, sequences, config, rows, processes)
+        checkpoints = Checkpoints(state, identity, processes)
+        if resume:
+            step = checkpoints.resume(trainer)
+            if processes.rank == 0:
+                print(f"resumed at step {step}", file=sys.stderr)
+        cadence = Cadence(**{f.name: getattr(values, f.name) for f in fields(Cadence)})
+        result = run_steps(trainer, values.run, checkpoints, held_out, cadence)
+        if not result["stopped"]:
+            if processes.rank == 0:
+                result |= _write(values, trainer, corpus, start, memory, identity, result)
+            processes.wait()
+            shutil.rmtree(state)  # the result is safe now, and the rows may be large
+        return result
+    finally:
+        if rows is not None:
+            rows.close()
+
+
+def _train_config(values: TrainSettings, takes_mask: bool) -> TrainConfig:
+    settings = {f.name: getattr(values, f.name) for f in fields(TrainConfig)}
+    return TrainConfig(**settings | {"document_mask": values.document_mask and takes_mask})
+
+
+def _write(
+    values: TrainSettings,
+    trainer: Trainer,
+    corpus: Corpus,
+    start: Start,
+    memory: MemoryConfig | None,
+    identity: dict[str, Any],
+    result: dict[str, Any],
+) -> dict[str, Any]:
+    """Write what the run leaves; returns where it is."""
+    from ..training import results
+
+    if values.subtree is not None:
+        out = values.run / "subtree"
+        results.write_subtree_result(out, trainer, corpus, memory, values.subtree, identity)
+        return {"subtree": str(out)}
+    out = values.run / "model"
+    card = results.model_card(trainer, corpus, memory, result)
+    results.write_model(out, trainer, corpus, start, memory, card)
+    return {"model": str(out)}
+
+
+def _text(values: TrainSettings, result: dict[str, Any]) -> str:
+    if result["stopped"]:
+        return (
+            f"stopped at step {result['step']} of {values.iters}, with a checkpoint; go on with "
+            "the same command and --resume"
+        )
+    lines = [f"{result['step']} steps done, loss {result['loss']:.4f} nats at the end"]
+    if result["validation"]:
+        rows = [(name, f"{loss:.4f}") for name, loss in result["validation"].items()]
+        lines.append(table(("memory", "validation loss"), rows))
+    lines.append(f"curves: {values.run / 'curves.png'}")
+    if "subtree" in result:
+        lines.append(f"result: {result['subtree']} (mlx_hiermem merge puts all subtrees together)")
+    else:
+        lines.append(f"model: {result['model']}")
+    return "\n".join(lines)

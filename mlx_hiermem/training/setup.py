@@ -1,0 +1,267 @@
+"""What a run starts from: an anchor, a memory config that fits corpus and anchor, start values."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..anchors import load_anchor, openlm
+from ..backend import device_facts
+from ..bank.manifest import MANIFEST
+from ..bank.reader import BlockReader
+from ..config import AnchorShape, MemoryConfig
+from ..corpus.folder import Corpus
+from ..corpus.packed import PackedCorpus
+from ..errors import TrainingError
+from ..memories import GENERIC, start_block
+from ..models import find_model
+from ..routing.embeddings import embedding_table
+from .rows import BankRows
+
+#: The paper's memory config for its 160M anchor.
+DEFAULT_RANKS = (256, 64, 16, 0)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The anchor that a run starts from.
+
+    Attributes:
+        anchor: the network.
+        config: its ``config.json``.
+        folder: its model folder; None for an anchor with random weights.
+    """
+
+    anchor: nn.Module
+    config: dict[str, Any]
+    folder: Path | None
+
+
+def open_start(corpus: Corpus, model: str | None, size: str | None, seed: int) -> Start:
+    """A trained anchor, or an OpenLM anchor with random weights.
+
+    Args:
+        model: model folder, name of a model that ships, or Hub repository.
+        size: if there is no ``model``: one of the paper's anchors ("160M", "410M", "1.4B"), or a
+            JSON file with the fields of an OpenLM ``config.json``.
+        seed: of the random weights.
+
+    Raises:
+        TrainingError: there is no such anchor.
+    """
+    if model is not None:
+        folder = find_model(model)
+        return Start(*load_anchor(folder), folder)
+    if size in openlm.PRESETS:
+        args = openlm.PRESETS[size]
+    else:
+        path = Path(size).expanduser()
+        try:
+            args = openlm.ModelArgs.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise TrainingError(
+                f"anchor {size}: neither one of {', '.join(openlm.PRESETS)} nor a JSON file with "
+                f"the fields of an OpenLM config.json ({' '.join(str(error).split())})"
+            ) from None
+    AnchorShape.of(args)
+    mx.random.seed(seed)
+    anchor = openlm.Model(args)
+    openlm.init_weights(anchor)
+    config = asdict(args) | {"eos_token_id": corpus.info.tokenizer["end_of_text"]}
+    return Start(anchor, config, None)
+
+
+def takes_mask(anchor: nn.Module) -> bool:
+    """Whether an anchor can be told to keep attention inside documents; mlx-lm's cannot."""
+    return "mask" in inspect.signature(type(anchor).__call__).parameters
+
+
+def default_budget() -> int:
+    """A quarter of the system's memory, in bytes."""
+    return device_facts()["memory"]["system"] // 4
+
+
+def check_tokens(corpus: Corpus, start: Start) -> None:
+    """Raise TrainingError where the corpus was made of other tokens than the anchor's."""
+    vocabulary = corpus.info.tokenizer["vocab_size"]
+    table = len(embedding_table(start.anchor))
+    if vocabulary > table:
+        raise TrainingError(
+            f"{corpus.folder}: its tokenizer has {vocabulary} tokens, the anchor {table}; "
+            "cluster the corpus with the anchor's own tokenizer"
+        )
+    theirs, ours = (
+        None if place is None else place / "tokenizer.json"
+        for place in (corpus.tokenizer_folder, start.folder)
+    )
+    if ours is not None and theirs.is_file() and ours.is_file():
+        if ours.read_bytes() != theirs.read_bytes():
+            raise TrainingError(
+                f"{corpus.folder}: was made with another tokenizer than {start.folder} has; "
+                "cluster the corpus with --model of this anchor"
+            )
+
+
+def check_encoder(corpus: Corpus, anchor: nn.Module, trains_anchor: bool) -> None:
+    """Raise TrainingError where the tree's encoder is made of other embeddings than the anchor's.
+
+    So it would be after a run that changes them, unless they are frozen.
+    """
+    if corpus.info.encoder["type"] != "embeddings":
+        return
+    table = embedding_table(anchor)
+    if hashlib.sha256(table.tobytes()).hexdigest() != corpus.info.embedding_sha256:
+        raise TrainingError(
+            f"{corpus.folder}: its tree was grown with the token embeddings of another anchor; "
+            "cluster the corpus with --model of this anchor, or with a BERT encoder"
+        )
+    changes = {name for name, _ in tree_flatten(anchor.trainable_parameters())}
+    tables = [
+        f"{name}.weight"
+        for name, module in anchor.named_modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    if trains_anchor and changes & set(tables):
+        raise TrainingError(
+            f"{corpus.folder}: its tree's encoder is made of the anchor's token embeddings, which "
+            "this run would change; give --freeze '*embed*', or cluster with a BERT encoder"
+        )
+
+
+def freeze(anchor: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Freeze the anchor's parameters whose names match; returns the names, sorted.
+
+    Args:
+        patterns: such as ``model.embed_tokens*``; ``*`` stands for anything.
+
+    Raises:
+        TrainingError: a pattern matches nothing.
+    """
+    modules = dict(anchor.named_modules())
+    names = [name for name, _ in tree_flatten(anchor.parameters())]
+    frozen = set()
+    for pattern in patterns:
+        found = {name for name in names if fnmatch(name, pattern)}
+        if not found:
+            raise TrainingError(
+                f"freeze {pattern!r}: no parameter of the anchor has such a name; they are named "
+                f"like {names[0]}"
+            )
+        frozen |= found
+    for name in frozen:
+        module, _, parameter = name.rpartition(".")
+        modules[module].freeze(keys=parameter, recurse=False)
+    return sorted(frozen)
+
+
+def memory_config(
+    corpus: Corpus,
+    anchor: nn.Module,
+    name: str,
+    ranks: Sequence[int] | None,
+    layers: Sequence[int] | None,
+    dtype: str,
+) -> MemoryConfig:
+    """The memory config for a corpus and an anchor.
+
+    Args:
+        name: of the anchor, for the record.
+        ranks: one per level of the corpus's tree; by default the paper's, for trees of 4 levels.
+
+    Raises:
+        TrainingError: the ranks are not as many as the tree has levels.
+    """
+    if ranks is None and corpus.info.levels == len(DEFAULT_RANKS):
+        ranks = DEFAULT_RANKS
+    if ranks is None or len(ranks) != corpus.info.levels:
+        given = "none are given" if ranks is None else f"given are {','.join(map(str, ranks))}"
+        raise TrainingError(
+            f"ranks: the corpus's tree has {corpus.info.levels} levels, {given}; give one rank "
+            "for each level, 0 where there is to be no memory"
+        )
+    return MemoryConfig(
+        ranks=tuple(ranks),
+        branching=corpus.info.branching,
+        layers=None if layers is None else tuple(layers),
+        encoder=corpus.info.encoder,
+        dtype=dtype,
+        base_anchor={"name": name, "shape": asdict(AnchorShape.of(anchor))},
+    )
+
+
+def open_rows(
+    corpus: Corpus,
+    config: MemoryConfig,
+    seed: int,
+    folder: Path | None,
+    state: Path,
+    budget: int,
+) -> BankRows:
+    """The bank in training, with its files in ``state``.
+
+    Args:
+        seed: of the start values.
+        folder: the anchor's model folder; if it has a bank, training goes on from its blocks.
+
+    Raises:
+        TrainingError: that bank is of another tree or memory config.
+    """
+    memory = None if folder is None else folder / "memory"
+    if memory is None or not (memory / MANIFEST).is_file():
+
+        def start(level: int, cluster: int) -> np.ndarray:
+            return start_block(config, level, cluster, seed)
+
+        return BankRows(config, start, state, budget)
+    reader = BlockReader(memory)
+    for name in ("kind", "ranks", "branching", "layers", "encoder"):
+        theirs, ours = getattr(reader.config, name), getattr(config, name)
+        if theirs != ours:
+            raise TrainingError(
+                f"{memory}: {name} is {theirs}, this run's {ours}; give the same to go on from "
+                "this bank, or --fresh-memory to start another"
+            )
+    tree = hashlib.sha256((memory / "tree.safetensors").read_bytes()).hexdigest()
+    if tree != corpus.info.tree_sha256:
+        raise TrainingError(
+            f"{memory}: its tree is not the one that {corpus.folder} was clustered with; cluster "
+            f"the corpus with --tree {memory}, or give --fresh-memory to start another bank"
+        )
+
+    def stored(level: int, cluster: int) -> np.ndarray:
+        return reader.block(level, None if cluster == GENERIC else cluster)
+
+    return BankRows(config, stored, state, budget)
+
+
+def of_subtree(
+    corpus: Corpus, config: MemoryConfig, subtree: int
+) -> tuple[PackedCorpus, PackedCorpus | None]:
+    """The sequences of one level-1 subtree, for training and for validation.
+
+    Raises:
+        TrainingError: there is no such subtree, or the corpus has no sequence of it.
+    """
+    if not 0 <= subtree < config.branching:
+        raise TrainingError(
+            f"subtree {subtree}: the tree's level-1 clusters are 0 to {config.branching - 1}"
+        )
+    width = config.branching ** (config.levels - 1)
+    chosen = [
+        None if split is None else split.select(split.leaves // width == subtree)
+        for split in (corpus.train, corpus.validation)
+    ]
+    if not len(chosen[0]):
+        raise TrainingError(f"subtree {subtree}: {corpus.folder} has no sequence of it")
+    return chosen[0], chosen[1]
