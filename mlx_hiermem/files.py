@@ -95,13 +95,19 @@ _SAFETENSORS = {
 
 def write_safetensors(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
+) -> str:
     """Write arrays to a safetensors file, one after the other: none is copied as a whole.
+
+    Args:
+        arrays: written in their order, so that those with the widest numbers should come first.
+
+    Returns:
+        The sha256 (hex) of the file; the same arrays give the same bytes.
 
     Raises:
         FormatError: the file cannot be written; what was there before is still there.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
@@ -115,3 +121,4 @@ def write_safetensors(
             little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
             # Not memoryview.cast, which refuses an array without numbers.
             file.write(memoryview(little.reshape(-1).view(np.uint8)))
+    return file.sha256

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
-from ..files import AtomicFile
+from ..files import write_safetensors
 
 # Eight-byte numbers first, so that each array lies at a multiple of the size of its numbers.
 _DTYPES = {
@@ -31,7 +31,6 @@ _DTYPES = {
 _NUMPY = {"I64": "<i8", "F32": "<f4", "U16": "<u2", "U32": "<u4"}
 _NAMES = {dtype: name for name, dtype in _NUMPY.items()}
 _MAX_HEADER = 1 << 16
-_WRITE = 1 << 26  # bytes handed to the file at a time
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,8 @@ def write_part(path: str | Path, part: Part) -> str:
     """
     path = Path(path)
     arrays = {name: _little(getattr(part, name)) for name in _DTYPES}
-    table: dict[str, Any] = {}
-    end = 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        table[name] = {
-            "dtype": _NAMES.get(array.dtype.str, array.dtype.str),
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
     _check(arrays, path)
-    text = json.dumps(table).encode()
-    text = text.ljust(len(text) + -len(text) % 8)  # the arrays start at a multiple of 8
-    with AtomicFile(path.parent, path.name) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            # Cast by hand: a memoryview with a zero in its shape cannot be cast.
-            data = memoryview(array.reshape(-1).view(np.uint8))
-            for start in range(0, len(data), _WRITE):
-                file.write(data[start : start + _WRITE])
-    return file.sha256
+    return write_safetensors(path, arrays)
 
 
 def read_part(path: str | Path) -> Part:

@@ -20,7 +20,7 @@ def write_tensors(
     A crash at any moment leaves the old file or the new one, never a part of one.
     """
     arrays = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
-    write_safetensors(Path(path), arrays, metadata)
+    write_safetensors(Path(path), arrays, {"format": "mlx", **(metadata or {})})
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
