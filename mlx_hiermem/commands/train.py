@@ -251,7 +251,9 @@ def _text(values: TrainSettings, result: dict[str, Any]) -> str:
             f"stopped at step {result['step']} of {values.iters}, with a checkpoint; go on with "
             "the same command and --resume"
         )
-    lines = [f"{result['step']} steps done, loss {result['loss']:.4f} nats at the end"]
+    lines = [f"{result['step']} steps done"]
+    if result["loss"] is not None:  # None: a run that was stopped after its last step
+        lines[0] += f", loss {result['loss']:.4f} nats at the end"
     if result["validation"]:
         rows = [(name, f"{loss:.4f}") for name, loss in result["validation"].items()]
         lines.append(table(("memory", "validation loss"), rows))

@@ -5,14 +5,14 @@ As in the paper each document is routed by its whole text.
 
 from __future__ import annotations
 
-import json
-import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..corpus.sources import find_units, read_unit
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -36,32 +36,17 @@ def read_documents(path: str | Path) -> list[str]:
             f"{path}: the name ends in {path.suffix!r}; expected .jsonl (one object with a text a "
             "line) or .txt (blank lines between documents)"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; convert it") from None
-    if path.suffix == ".txt":
-        documents = [part.strip() for part in re.split(r"\n[^\S\n]*\n", text) if part.strip()]
-    else:
-        # Not splitlines: JSON may hold other line separators within a string.
-        lines = enumerate(text.split("\n"), 1)
-        documents = [_text(line, f"{path}: line {i}") for i, line in lines if line.strip()]
+    documents = []
+    for unit in find_units([path], sys.maxsize):
+        for document in read_unit(unit, "text"):
+            if not document.text.strip():
+                raise InputError(
+                    f'{document.where()}: expected an object with a "text" that is not empty'
+                )
+            documents.append(document.text)
     if not documents:
         raise InputError(f"{path}: holds no document; give at least one")
     return documents
-
-
-def _text(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f'{where}: expected an object with a "text" that is not empty')
-    return text
 
 
 def compare(lm: MemoryLM, documents: Sequence[str]) -> dict[str, Any]:

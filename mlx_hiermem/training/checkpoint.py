@@ -3,27 +3,32 @@
 A checkpoint is a folder ``checkpoint-00000100``: weights, optimizer state, where the rows are in
 their files, and ``state.json`` with the step and what the run is. It is written under another name,
 synced and renamed; the one before is removed only then, and with several processes only when all of
-them have written theirs, so that there is always one that all have.
+them have written theirs, so that there is always one that all have. What is removed is renamed
+first: a folder of such a name is whole.
 
 Random state and data cursor need no arrays: both follow from the seed and the step.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ..errors import FormatError, TrainingError
+from ..bank.files import hash_file
+from ..errors import FormatError, HierMemError, TrainingError
 from ..files import AtomicFile, sync_folder, write_safetensors
 from .distributed import Processes
 from .trainer import Trainer
@@ -31,6 +36,75 @@ from .trainer import Trainer
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 _ANCHOR, _OPTIMIZER, _ROWS = "anchor.safetensors", "optimizer.safetensors", "rows.safetensors"
 _STATE = "state.json"
+
+#: Settings that a run may go on with otherwise than it was started, if that is asked for: no array
+#: has another shape for it, and each step still sees its own sequences.
+CHANGEABLE = (
+    "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "anchor_share",
+    "iters",
+)  # fmt: skip
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in ``folder`` that are whole, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def holds_run(state: Path) -> bool:
+    """Whether there is a checkpoint of any process below ``state``: a run that can go on."""
+    return state.is_dir() and any(whole_steps(folder) for folder in state.iterdir())
+
+
+@contextmanager
+def state_folder(folder: Path) -> Iterator[Path]:
+    """The folder of one process's checkpoints and rows, this process's alone while it is open.
+
+    What a process that was killed before its first checkpoint has left there is removed; so is all
+    of it on leaving without a checkpoint.
+
+    Raises:
+        TrainingError: it cannot be made, or another process is using it.
+    """
+    made = [parent for parent in (folder.parent, folder.parent.parent) if not parent.exists()]
+    lock = -1
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not whole_steps(folder):
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except BlockingIOError:
+            raise TrainingError(
+                f"{folder}: another process is training this run now; wait for it, or give --run "
+                "another folder"
+            ) from None
+        except OSError as error:
+            raise TrainingError(
+                f"{folder}: cannot be written ({error.strerror}); check whose folder it is and "
+                "free space, or give --run another one"
+            ) from None
+        try:
+            yield folder
+        finally:
+            if not whole_steps(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                for parent in made:
+                    _remove_if_empty(parent)
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # it holds something, or is gone
 
 
 class Checkpoints:
@@ -51,10 +125,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        return whole_steps(self.folder)
+
+    def last(self) -> str:
+        """Words for what there is to go on from."""
+        steps = self.steps()
+        return f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint yet"
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of where ``trainer`` is, and remove the one before.
@@ -68,104 +144,139 @@ class Checkpoints:
         target = self.folder / f"checkpoint-{step:08}"
         part = self.folder / f".{target.name}.partial"
         try:
-            shutil.rmtree(part, ignore_errors=True)
+            self._clean()
             part.mkdir(parents=True)
             self._write(trainer, part)
             os.rename(part, target)
             sync_folder(self.folder)
-        except (OSError, FormatError) as error:
+        except (OSError, HierMemError) as error:
             shutil.rmtree(part, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
-            last = self.steps()
-            kept = f"the checkpoint of step {last[-1]} is whole" if last else "there is none yet"
             raise TrainingError(
-                f"{target}: the checkpoint cannot be written ({reason}); {kept}: free some space "
-                "and run the same command with --resume"
+                f"{target}: the checkpoint cannot be written ({reason}); check the folder and free "
+                "space"
             ) from None
         self.processes.wait()  # until all have theirs, the one before may still be needed
         if trainer.rows is not None:
             trainer.rows.committed()
-        for old in self.steps():
-            if old != step:
-                shutil.rmtree(self.folder / f"checkpoint-{old:08}")
+        self._clean(old for old in self.steps() if old != step)
 
-    def resume(self, trainer: Trainer) -> int:
-        """Go back to the last checkpoint that all processes have; returns its step.
+    def resume(self, trainer: Trainer, accept_changes: bool = False) -> dict[str, tuple[Any, Any]]:
+        """Go back to the last checkpoint that all processes have.
+
+        Args:
+            accept_changes: go on although settings of ``CHANGEABLE`` are not what they were.
+
+        Returns:
+            The settings that were changed: what they were, and what they are.
 
         Raises:
             TrainingError: there is none, or it is of another run.
             FormatError: it is damaged.
         """
         steps = self.steps()
-        step = min(self.processes.all(steps[-1] if steps else -1))
+        lasts = self.processes.all(steps[-1] if steps else -1)
+        step = min(lasts)
+        if max(lasts) <= 0 and step < 0:  # killed while the first one was written: nothing is lost
+            self._clean(steps)
+            return {}
         if step not in steps:
             raise TrainingError(
-                f"{self.folder}: no checkpoint that every process has; start without --resume"
+                f"{self.folder}: no checkpoint that all {len(lasts)} processes have; resume with "
+                "as many as the run was started with, in the same order"
             )
         folder = self.folder / f"checkpoint-{step:08}"
         path = folder / _STATE
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            stored = state["identity"]
+            stored, files = state["identity"], dict(state["files"])
             if state["step"] != step:
                 raise ValueError(f"step is {state['step']}, its name says {step}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FormatError(
-                f"{path}: damaged ({error}); restore it from a copy, or start again"
-            ) from None
-        difference = _difference(stored, self.identity)
-        if difference is not None:
-            name, then, now = difference
+            raise _damaged(path, error) from None
+        changed = {}
+        for name, then, now in _differences(stored, self.identity):
+            changeable = name in [f"settings.{one}" for one in CHANGEABLE]
+            if not changeable or not accept_changes:
+                advice = ", or add --accept-changes" if changeable else ""
+                raise TrainingError(
+                    f"{folder}: this run was started with {name} {_short(then)}, now it is "
+                    f"{_short(now)}; resume it as it was{advice}, or start another run in another "
+                    "folder"
+                )
+            changed[name.removeprefix("settings.")] = (then, now)
+        if step > trainer.config.iters:
             raise TrainingError(
-                f"{folder}: this run was started with {name} {_short(then)}, now it is "
-                f"{_short(now)}; resume it as it was, or start another run in another folder"
+                f"{folder}: iters is {trainer.config.iters}, but {step} steps are done; give more"
             )
-        self._read(trainer, folder)
+        self._read(trainer, folder, files)
         trainer.done = step
-        for newer in steps:
-            if newer != step:
-                shutil.rmtree(self.folder / f"checkpoint-{newer:08}")
-        return step
+        self._clean(newer for newer in steps if newer != step)
+        return changed
+
+    def _clean(self, superseded: Iterable[int] = ()) -> None:
+        """Remove checkpoints, and whatever was left half-written or half-removed."""
+        try:
+            for step in superseded:
+                name = f"checkpoint-{step:08}"
+                os.rename(self.folder / name, self.folder / f".{name}.old")
+            for pattern in (".checkpoint-*.partial", ".checkpoint-*.old"):
+                for path in self.folder.glob(pattern):
+                    shutil.rmtree(path)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.folder}: an old checkpoint cannot be removed ({error.strerror}); check "
+                "whose folder it is"
+            ) from None
 
     def _write(self, trainer: Trainer, folder: Path) -> None:
+        files = {}
         if trainer.weights:
-            write_safetensors(folder / _ANCHOR, _arrays(trainer.weights))
             state = {k: v for k, v in trainer.optimizer.state.items() if k != "learning_rate"}
-            write_safetensors(folder / _OPTIMIZER, _arrays(state))
+            files[_ANCHOR] = write_safetensors(folder / _ANCHOR, _arrays(trainer.weights))
+            files[_OPTIMIZER] = write_safetensors(folder / _OPTIMIZER, _arrays(state))
         if trainer.rows is not None:
-            write_safetensors(folder / _ROWS, trainer.rows.flush())
-        text = json.dumps({"step": trainer.done, "identity": self.identity}, indent=2)
+            files[_ROWS] = write_safetensors(folder / _ROWS, trainer.rows.flush())
+        state = {"step": trainer.done, "identity": self.identity, "files": files}
         with AtomicFile(folder, _STATE) as file:
-            file.write(f"{text}\n".encode())
+            file.write(f"{json.dumps(state, indent=2)}\n".encode())
 
-    def _read(self, trainer: Trainer, folder: Path) -> None:
+    def _read(self, trainer: Trainer, folder: Path, sha256: Mapping[str, str]) -> None:
+        arrays = {name: _load(folder / name, found) for name, found in sha256.items()}
         if trainer.weights:
-            weights = _load(folder / _ANCHOR)
-            _check(folder / _ANCHOR, weights, _arrays(trainer.weights))
-            trainer.weights = tree_unflatten([(k, mx.array(v)) for k, v in weights.items()])
-            state = [(k, mx.array(v)) for k, v in _load(folder / _OPTIMIZER).items()]
-            trainer.optimizer.state = tree_unflatten(state)
+            trainer.weights = _filled(trainer.weights, arrays, folder / _ANCHOR)
+            state = {k: v for k, v in trainer.optimizer.state.items() if k != "learning_rate"}
+            trainer.optimizer.state = _filled(state, arrays, folder / _OPTIMIZER)
             trainer.optimizer.learning_rate = trainer.config.learning_rate
             mx.eval(trainer.weights, trainer.optimizer.state)
         if trainer.rows is not None:
-            trainer.rows.restore(_load(folder / _ROWS))
+            trainer.rows.restore(arrays[_ROWS])
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(array, copy=False) for name, array in tree_flatten(tree)}
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path, sha256: str) -> dict[str, np.ndarray]:
     try:
+        if hash_file(path.parent, path.name)[1] != sha256:
+            raise ValueError("its sha256 is not the one that was written")
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FormatError(
-            f"{path}: damaged ({reason}); restore it from a copy, or start again"
-        ) from None
+        raise _damaged(path, error) from None
 
 
-def _check(path: Path, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def _damaged(path: Path, error: Exception) -> FormatError:
+    reason = " ".join(str(error).split())
+    return FormatError(
+        f"{path}: damaged ({reason}); restore it from a copy, or remove the folder "
+        f"{path.parent.parent.parent} and start again"
+    )
+
+
+def _filled(tree: Any, files: Mapping[str, dict[str, np.ndarray]], path: Path) -> Any:
+    """``tree`` with the arrays of a file in the place of its own, whatever else is in it."""
+    found, expected = files.get(path.name, {}), _arrays(tree)
     for name in sorted({*found, *expected}):
         shapes = [arrays[name].shape if name in arrays else None for arrays in (found, expected)]
         if shapes[0] != shapes[1]:
@@ -173,18 +284,16 @@ def _check(path: Path, found: dict[str, np.ndarray], expected: dict[str, np.ndar
                 f"{path}: {name} is {shapes[0]}, the model has {shapes[1]}; resume with the model "
                 "that the run was started with"
             )
+    return tree_map_with_path(lambda name, _: mx.array(found[name]), tree)
 
 
-def _difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first place where two JSON values differ: its name and both values."""
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: name and both values."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in [*then, *(key for key in now if key not in then)]:
-            inner = f"{name}.{key}" if name else key
-            found = _difference(then.get(key), now.get(key), inner)
-            if found is not None:
-                return found
-        return None
-    return None if then == now else (name, then, now)
+            yield from _differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif then != now:
+        yield name, then, now
 
 
 def _short(value: Any) -> str:

@@ -51,7 +51,7 @@ def run(
         cadence = replace(cadence, val_batches=0)
     losses: list[float] = []
     last: dict[str, float] | None = None
-    started = trainer.done
+    resumed_at = trainer.done if checkpoints.steps() else None
     with _signals() as stop, Curves(folder) if shown else _Silent() as curves:
         curves.rewind(trainer.done)
         with tqdm(
@@ -65,7 +65,7 @@ def run(
                 at_end = trainer.done == config.iters
                 if cadence.val_batches and (at_end or trainer.done % cadence.steps_per_eval == 0):
                     last = validate(trainer, validation, cadence.val_batches)
-                    if trainer.done > started or not started:  # else it is in the log already
+                    if trainer.done != resumed_at:  # else it is in the log already
                         curves.validation(trainer.done, last)
                     if shown:
                         _say(bar, f"step {trainer.done}: validation {_numbers(last)}")

@@ -117,8 +117,7 @@ class Trainer:
         if config.trains_anchor:
             trainable = self.anchor.trainable_parameters()
             self.weights = tree_map(lambda weight: weight.astype(mx.float32), trainable)
-        if self.dtype != mx.float32:
-            self.anchor.set_dtype(self.dtype)
+        self.anchor.set_dtype(self.dtype)
         self.optimizer = optim.AdamW(
             config.learning_rate,
             betas=[0.9, 0.95],

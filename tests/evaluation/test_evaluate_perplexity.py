@@ -46,7 +46,7 @@ def test_each_line_of_jsonl_is_a_document(tmp_path):
         ("a.csv", b"x", r"a.csv: the name ends in '.csv'; expected .jsonl"),
         ("a.txt", None, "a.txt: cannot be read"),
         ("a.txt", b" \n\n ", "a.txt: holds no document"),
-        ("a.txt", b"\xff", "a.txt: not UTF-8"),
+        ("a.txt", b"\xff", "a.txt: line 1: not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{', "a.jsonl: line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n[]', 'a.jsonl: line 3: expected an object with a "text"'),
         ("a.jsonl", b'{"text": " "}', "a.jsonl: line 1: expected an object"),
