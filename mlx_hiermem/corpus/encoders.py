@@ -19,8 +19,8 @@ from ..errors import ConfigError, FormatError, InputError
 from ..routing.embeddings import FILE, EmbeddingEncoder
 from ..routing.encoder import Encoder, load_encoder
 from .config import DEFAULT_ENCODER, EMBEDDINGS, CorpusConfig
-from .embedding import prepare
 from .info import INFO
+from .prepare import prepare
 from .sources import Unit
 from .windows import Windower, copy_files, load_tokenizer
 from .workfolder import WorkFolder, read_json, write_array

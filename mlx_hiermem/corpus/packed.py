@@ -7,7 +7,7 @@ in between, so that a corpus may have more shards than a process may have files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,20 +169,6 @@ class PackedCorpus:
         else:
             selected = SelectedRows(tokens, rows)
         return PackedCorpus(selected, self.leaves[rows], self.end_of_text)
-
-    def batches(self, batch_size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Endless batches ((B, T) tokens, (B,) leaves), shuffled anew in each pass.
-
-        A batch may span the end of one pass and the start of the next, so each sequence is seen
-        exactly once per pass.
-        """
-        rng = np.random.default_rng(seed)
-        order = np.empty(0, dtype=np.int64)
-        while True:
-            while len(order) < batch_size:
-                order = np.concatenate([order, rng.permutation(len(self))])
-            chosen, order = order[:batch_size], order[batch_size:]
-            yield self.take(chosen)
 
 
 def pack(

@@ -7,14 +7,18 @@ the rows that the batch fetched; never the bank (docs/distributed.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 
+from ..errors import TrainingError
 from .rows import Key
+
+#: Numbers that travel at a time: few calls, and little more memory than without them.
+_MOST = 1 << 24
 
 
 class Processes:
@@ -22,6 +26,9 @@ class Processes:
 
     Args:
         group: a group of ``mx.distributed``; the one of this run by default.
+
+    Raises:
+        TrainingError: another process is gone (from the methods).
 
     Attributes:
         rank: number of this process, from 0.
@@ -34,36 +41,82 @@ class Processes:
         self.size: int = self._group.size()
 
     def sum(self, tree: Any) -> Any:
-        """The sum over all processes of every array in ``tree``."""
+        """The sum over all processes of every float32 array in ``tree``."""
         if self.size == 1:
             return tree
-        summed = tree_map(lambda array: mx.distributed.all_sum(array, group=self._group), tree)
+        arrays = dict(tree_flatten(tree))
+        summed: dict[str, mx.array] = {}
+        for names in _groups({name: array.size for name, array in arrays.items()}):
+            parts = [arrays[name].reshape(-1).astype(mx.float32) for name in names]
+            total = self._sum(mx.concatenate(parts))
+            start = 0
+            for name in names:
+                array = arrays[name]
+                part = total[start : start + array.size]
+                summed[name] = part.reshape(array.shape).astype(array.dtype)
+                start += array.size
         mx.eval(summed)
-        return summed
+        return tree_map_with_path(lambda name, _: summed[name], tree)
 
-    def sum_rows(self, gradients: dict[Key, np.ndarray], keys: Sequence[Key], sizes: dict) -> dict:
+    def sum_rows(
+        self, gradients: dict[Key, np.ndarray], keys: Sequence[Key], sizes: Mapping[int, int]
+    ) -> dict[Key, np.ndarray]:
         """The sum over all processes of row gradients.
 
         Args:
-            gradients: (s_l,) float32 of the rows that this process's sequences used.
+            gradients: (s_l,) float32 of the rows that this process's sequences used; emptied.
             keys: the rows that any process's sequences used, in one order everywhere.
             sizes: level -> s_l.
         """
         if self.size == 1:
             return gradients
-        summed = {}
-        for key in keys:
-            mine = gradients.pop(key, None)
-            row = mx.zeros(sizes[key[0]]) if mine is None else mx.array(mine)
-            summed[key] = np.array(self.sum(row), copy=False)
+        summed: dict[Key, np.ndarray] = {}
+        for group in _groups({key: sizes[key[0]] for key in keys}):
+            buffer = np.zeros(sum(sizes[level] for level, _ in group), np.float32)
+            start = 0
+            for key in group:
+                if key in gradients:
+                    buffer[start : start + sizes[key[0]]] = gradients.pop(key)
+                start += sizes[key[0]]
+            total, start = np.array(self._sum(mx.array(buffer))), 0
+            for key in group:
+                summed[key] = total[start : start + sizes[key[0]]]
+                start += sizes[key[0]]
         return summed
+
+    def _sum(self, array: mx.array) -> mx.array:
+        return self._done(mx.distributed.all_sum(array, group=self._group))
 
     def all(self, value: int) -> list[int]:
         """``value`` of every process, in the order of their ranks."""
         if self.size == 1:
             return [value]
-        return mx.distributed.all_gather(mx.array([value]), group=self._group).tolist()
+        return self._done(mx.distributed.all_gather(mx.array([value]), group=self._group)).tolist()
+
+    def _done(self, result: mx.array) -> mx.array:
+        try:
+            mx.eval(result)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"process {self.rank} of {self.size}: the exchange with the others failed "
+                f"({' '.join(str(error).split())}); start all of them again with --resume"
+            ) from None
+        return result
 
     def wait(self) -> None:
         """Until all processes are here."""
         self.all(0)
+
+
+def _groups(sizes: Mapping[Any, int]) -> Iterator[list[Any]]:
+    """Names in their order, in groups of at most ``_MOST`` numbers, or one name alone."""
+    group: list[Any] = []
+    held = 0
+    for name, size in sizes.items():
+        if group and held + size > _MOST:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield group

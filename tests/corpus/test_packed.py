@@ -60,17 +60,6 @@ def test_the_order_that_the_atlas_was_trained_on():
     assert corpus.tokens.dtype == np.int32 and corpus.leaves.dtype == np.int64
 
 
-def test_each_pass_shows_each_sequence_once_and_passes_differ():
-    tokens = np.arange(20, dtype=np.int32).reshape(10, 2)
-    corpus = PackedCorpus(tokens, np.arange(10), end_of_text=0)
-    batches = corpus.batches(4, seed=3)
-    seen = np.concatenate([next(batches)[1] for _ in range(5)])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert list(seen[:10]) != list(seen[10:])
-    again = corpus.batches(4, seed=3)
-    assert list(next(again)[1]) == list(seen[:4])
-
-
 def test_nothing_to_pack_is_an_error():
     with pytest.raises(TrainingError, match="no documents"):
         pack([], 8, 0)
