@@ -6,11 +6,12 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InputError
+from ..errors import HierMemError, InputError
 from ..training.config import Cadence, TrainConfig
 from .options import parse_bytes
 from .settings import add_settings, read_settings, show_settings
@@ -19,10 +20,11 @@ from .tables import table
 if TYPE_CHECKING:
     from ..config import MemoryConfig
     from ..corpus.folder import Corpus
+    from ..training.distributed import Processes
     from ..training.setup import Start
     from ..training.trainer import Trainer
 
-EXIT_INTERRUPTED = 130
+EXIT_OTHER, EXIT_INTERRUPTED = 2, 130  # bad input that another process has told of
 
 
 def _words(text: str, **more: Any) -> dict[str, Any]:
@@ -100,23 +102,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of the run"
     )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on although rates, decay, clipping or iters are not what they were",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = read_settings(TrainSettings, args)
-    values = settings.values
-    _check(values, args.resume)
+    from ..training.distributed import OtherProcessError, Processes
+
+    processes = Processes()
+    try:
+        return _run(args, processes)
+    except OtherProcessError:
+        return EXIT_OTHER
+
+
+def _run(args: argparse.Namespace, processes: Processes) -> int:
+    with processes.together():
+        settings = read_settings(TrainSettings, args)
+        values = settings.values
+        _check(values)
 
     from ..backend import backend_name, keep_freed_memory
-    from ..training.distributed import Processes
+    from ..training.checkpoint import holds_run
+
+    # Killed before its first checkpoint, a process has none though the others do.
+    holds = any(processes.all(int(holds_run(values.run / "state"))))
+    with processes.together():
+        _check_run(values.run, args.resume, holds)
 
     if backend_name() == "cpu":
         keep_freed_memory()
-    processes = Processes()
     if processes.rank == 0:
         print(show_settings(settings), file=sys.stderr)
-    result = _train(values, args.resume, processes)
+    try:
+        result = _train(values, args, processes)
+    except KeyboardInterrupt:
+        if processes.rank == 0 and holds_run(values.run / "state"):
+            print("stopped; go on with the same command and --resume", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if processes.rank == 0:
         if args.json:
             print(json.dumps({"settings": settings.to_dict(), **result}, indent=2))
@@ -125,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_INTERRUPTED if result["stopped"] else 0
 
 
-def _check(values: TrainSettings, resume: bool) -> None:
+def _check(values: TrainSettings) -> None:
     """Refuse what cannot go together before anything is loaded."""
     trains_new = values.regime in ("anchor", "scratch")
     if values.model is not None and values.anchor is not None:
@@ -144,74 +171,117 @@ def _check(values: TrainSettings, resume: bool) -> None:
         raise InputError(
             f"--subtree: jobs are independent with a frozen anchor only, not in {values.regime}"
         )
-    if (values.run / "model").exists() or (values.run / "subtree").exists():
-        raise InputError(f"--run {values.run}: the run is finished; name another folder")
-    has_state = (values.run / "state").exists()
-    if has_state and not resume:
+
+
+def _check_run(folder: Path, resume: bool, holds_run: bool) -> None:
+    """Refuse to start where a run is, and to go on where none is."""
+    for name in ("model", "subtree"):
+        if (folder / name).exists():
+            if resume:  # what a run that was killed right at its end has left
+                shutil.rmtree(folder / "state", ignore_errors=True)
+            raise InputError(
+                f"--run {folder}: the run is finished, its result is {folder / name}; name "
+                "another folder"
+            )
+    if holds_run and not resume:
         raise InputError(
-            f"--run {values.run}: holds a run; add --resume to go on with it, or name another "
-            "folder"
+            f"--run {folder}: holds a run; add --resume to go on with it, or name another folder"
         )
-    if resume and not has_state:
-        raise InputError(f"--run {values.run}: no run to resume there; start without --resume")
+    if resume and not holds_run:
+        raise InputError(f"--run {folder}: no run to resume there; start without --resume")
 
 
-def _train(values: TrainSettings, resume: bool, processes: Any) -> dict[str, Any]:
+def _train(values: TrainSettings, args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     from ..corpus.folder import Corpus
+    from ..training import setup
+    from ..training.checkpoint import state_folder
+
+    with processes.together():
+        corpus = Corpus.open(values.data)
+        start = setup.open_start(corpus, values.model, values.anchor, values.seed)
+        setup.check_tokens(corpus, start)
+        config = _train_config(values, setup.takes_mask(start.anchor))
+        if values.document_mask and not config.document_mask and processes.rank == 0:
+            print("document mask off: this anchor's network takes no mask", file=sys.stderr)
+        frozen = setup.freeze(start.anchor, values.freeze, config.trains_anchor)
+        # Of what the run is, in the order in which a resume compares it.
+        identity = {
+            "corpus": corpus.revision,
+            "anchor": setup.fingerprint(start.anchor),
+            "subtree": values.subtree,
+            "processes": processes.size,
+            "settings": asdict(config),
+            "frozen": frozen,
+        }
+    state = values.run / "state"
+    with ExitStack() as stack:
+        with processes.together():
+            folder = stack.enter_context(state_folder(state / f"rank-{processes.rank}"))
+        result = _train_in(folder, values, args, processes, corpus, start, config, identity)
+        if not result["stopped"]:
+            shutil.rmtree(folder, ignore_errors=True)  # the rows may be large
+    if not result["stopped"]:
+        try:
+            state.rmdir()
+        except OSError:
+            pass  # another process's is still there, or the folder is not ours to change
+    return result
+
+
+def _train_in(
+    folder: Path,
+    values: TrainSettings,
+    args: argparse.Namespace,
+    processes: Processes,
+    corpus: Corpus,
+    start: Start,
+    config: TrainConfig,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """Train with checkpoints and rows in ``folder``, and write the result."""
     from ..memories import attach
     from ..training import setup
     from ..training.checkpoint import Checkpoints
-    from ..training.fingerprints import anchor_sha256
     from ..training.run import run as run_steps
+    from ..training.run import with_advice
     from ..training.trainer import Trainer
-
-    corpus = Corpus.open(values.data)
-    start = setup.open_start(corpus, values.model, values.anchor, values.seed)
-    setup.check_tokens(corpus, start)
-    config = _train_config(values, setup.takes_mask(start.anchor))
-    if values.document_mask and not config.document_mask and processes.rank == 0:
-        print("document mask off: this anchor's network takes no mask", file=sys.stderr)
-    frozen = setup.freeze(start.anchor, values.freeze)
-    fingerprint = anchor_sha256(start.anchor)
 
     sequences, held_out = corpus.train, corpus.validation
     memory, rows, model = None, None, start.anchor
-    state = values.run / "state" / f"rank-{processes.rank}"
-    if config.with_memory:
-        setup.check_encoder(corpus, start.anchor, config.trains_anchor)
-        name = Path(values.model or values.anchor).name
-        memory = setup.memory_config(
-            corpus, start.anchor, name, values.ranks, values.memory_layers, values.bank_dtype
-        )
-        model = attach(start.anchor, memory)
-        folder = None if values.fresh_memory else start.folder
-        budget = values.memory_budget or setup.default_budget()
-        rows = setup.open_rows(corpus, memory, values.seed, folder, state, budget)
-        if values.subtree is not None:
-            sequences, held_out = setup.of_subtree(corpus, memory, values.subtree)
-    identity = {
-        "settings": asdict(config),
-        "memory": None if memory is None else memory.to_dict(),
-        "corpus": corpus.revision,
-        "anchor": fingerprint,
-        "frozen": frozen,
-        "subtree": values.subtree,
-        "processes": processes.size,
-    }
     try:
-        trainer = Trainer(model, sequences, config, rows, processes)
-        checkpoints = Checkpoints(state, identity, processes)
-        if resume:
-            step = checkpoints.resume(trainer)
-            if processes.rank == 0:
-                print(f"resumed at step {step}", file=sys.stderr)
+        with processes.together():
+            if config.with_memory:
+                corpus.tree()  # is checked by that; it goes into the model
+                setup.check_encoder(corpus, start.anchor, config.trains_anchor)
+                name = Path(values.model or values.anchor).name
+                chosen = values.ranks, values.memory_layers, values.bank_dtype
+                memory = setup.memory_config(corpus, start.anchor, name, *chosen)
+                model = attach(start.anchor, memory)
+                if values.subtree is not None:
+                    sequences, held_out = setup.of_subtree(corpus, memory, values.subtree)
+                bank = None if values.fresh_memory else setup.bank_folder(start)
+                budget = values.memory_budget or setup.default_budget()
+                rows = setup.open_rows(corpus, memory, values.seed, bank, folder, budget)
+                identity |= {"bank": setup.bank_revision(bank), "memory": memory.to_dict()}
+            trainer = Trainer(model, sequences, config, rows, processes)
         cadence = Cadence(**{f.name: getattr(values, f.name) for f in fields(Cadence)})
+        same = identity | {"cadence": asdict(cadence), "--resume": args.resume}
+        processes.check_same(same)
+        checkpoints = Checkpoints(folder, identity, processes)
+        if args.resume:
+            changed = checkpoints.resume(trainer, args.accept_changes)
+            if processes.rank == 0:
+                words = [f"{name} {now} (was {then})" for name, (then, now) in changed.items()]
+                more = f" with {', '.join(words)}" if words else ""
+                print(f"resumed at step {trainer.done}{more}", file=sys.stderr)
         result = run_steps(trainer, values.run, checkpoints, held_out, cadence)
         if not result["stopped"]:
-            if processes.rank == 0:
-                result |= _write(values, trainer, corpus, start, memory, identity, result)
-            processes.wait()
-            shutil.rmtree(state)  # the result is safe now, and the rows may be large
+            with processes.together():
+                if processes.rank == 0:
+                    try:
+                        result |= _write(values, trainer, corpus, start, memory, identity, result)
+                    except HierMemError as error:
+                        raise with_advice(error, checkpoints) from None
         return result
     finally:
         if rows is not None:

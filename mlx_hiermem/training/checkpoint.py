@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ..bank.files import hash_file
+from ..corpus.folder import file_sha256
 from ..errors import FormatError, HierMemError, TrainingError
 from ..files import AtomicFile, sync_folder, write_safetensors
 from .distributed import Processes
@@ -127,11 +127,6 @@ class Checkpoints:
         """Steps of the checkpoints that are whole, ascending."""
         return whole_steps(self.folder)
 
-    def last(self) -> str:
-        """Words for what there is to go on from."""
-        steps = self.steps()
-        return f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint yet"
-
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of where ``trainer`` is, and remove the one before.
 
@@ -143,20 +138,20 @@ class Checkpoints:
             return
         target = self.folder / f"checkpoint-{step:08}"
         part = self.folder / f".{target.name}.partial"
-        try:
-            self._clean()
-            part.mkdir(parents=True)
-            self._write(trainer, part)
-            os.rename(part, target)
-            sync_folder(self.folder)
-        except (OSError, HierMemError) as error:
-            shutil.rmtree(part, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or error
-            raise TrainingError(
-                f"{target}: the checkpoint cannot be written ({reason}); check the folder and free "
-                "space"
-            ) from None
-        self.processes.wait()  # until all have theirs, the one before may still be needed
+        with self.processes.together():  # until all have theirs, the one before may be needed
+            try:
+                self._clean()
+                part.mkdir(parents=True)
+                self._write(trainer, part)
+                os.rename(part, target)
+                sync_folder(self.folder)
+            except (OSError, HierMemError) as error:
+                shutil.rmtree(part, ignore_errors=True)
+                reason = getattr(error, "strerror", None) or error
+                raise TrainingError(
+                    f"{target}: the checkpoint cannot be written ({reason}); check the folder and "
+                    "free space"
+                ) from None
         if trainer.rows is not None:
             trainer.rows.committed()
         self._clean(old for old in self.steps() if old != step)
@@ -176,6 +171,12 @@ class Checkpoints:
         """
         steps = self.steps()
         lasts = self.processes.all(steps[-1] if steps else -1)
+        with self.processes.together():
+            return self._resume(trainer, steps, lasts, accept_changes)
+
+    def _resume(
+        self, trainer: Trainer, steps: list[int], lasts: list[int], accept_changes: bool
+    ) -> dict[str, tuple[Any, Any]]:
         step = min(lasts)
         if max(lasts) <= 0 and step < 0:  # killed while the first one was written: nothing is lost
             self._clean(steps)
@@ -195,8 +196,9 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path, error) from None
         changed = {}
-        for name, then, now in _differences(stored, self.identity):
-            changeable = name in [f"settings.{one}" for one in CHANGEABLE]
+        for place, then, now in _differences(stored, self.identity):
+            name = place.removeprefix("settings.")
+            changeable = name != place and name in CHANGEABLE
             if not changeable or not accept_changes:
                 advice = ", or add --accept-changes" if changeable else ""
                 raise TrainingError(
@@ -204,7 +206,7 @@ class Checkpoints:
                     f"{_short(now)}; resume it as it was{advice}, or start another run in another "
                     "folder"
                 )
-            changed[name.removeprefix("settings.")] = (then, now)
+            changed[name] = (then, now)
         if step > trainer.config.iters:
             raise TrainingError(
                 f"{folder}: iters is {trainer.config.iters}, but {step} steps are done; give more"
@@ -242,41 +244,40 @@ class Checkpoints:
             file.write(f"{json.dumps(state, indent=2)}\n".encode())
 
     def _read(self, trainer: Trainer, folder: Path, sha256: Mapping[str, str]) -> None:
-        arrays = {name: _load(folder / name, found) for name, found in sha256.items()}
         if trainer.weights:
-            trainer.weights = _filled(trainer.weights, arrays, folder / _ANCHOR)
+            trainer.weights = _filled(trainer.weights, folder / _ANCHOR, sha256)
             state = {k: v for k, v in trainer.optimizer.state.items() if k != "learning_rate"}
-            trainer.optimizer.state = _filled(state, arrays, folder / _OPTIMIZER)
+            trainer.optimizer.state = _filled(state, folder / _OPTIMIZER, sha256)
             trainer.optimizer.learning_rate = trainer.config.learning_rate
             mx.eval(trainer.weights, trainer.optimizer.state)
         if trainer.rows is not None:
-            trainer.rows.restore(arrays[_ROWS])
+            trainer.rows.restore(_load(folder / _ROWS, sha256))
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(array, copy=False) for name, array in tree_flatten(tree)}
 
 
-def _load(path: Path, sha256: str) -> dict[str, np.ndarray]:
+def _load(path: Path, sha256: Mapping[str, str]) -> dict[str, np.ndarray]:
     try:
-        if hash_file(path.parent, path.name)[1] != sha256:
+        if file_sha256(path) != sha256.get(path.name):
             raise ValueError("its sha256 is not the one that was written")
         return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, FormatError, SafetensorError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception) -> FormatError:
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
     return FormatError(
-        f"{path}: damaged ({reason}); restore it from a copy, or remove the folder "
+        f"{path}: damaged ({reason}); restore it from a copy, or remove "
         f"{path.parent.parent.parent} and start again"
     )
 
 
-def _filled(tree: Any, files: Mapping[str, dict[str, np.ndarray]], path: Path) -> Any:
+def _filled(tree: Any, path: Path, sha256: Mapping[str, str]) -> Any:
     """``tree`` with the arrays of a file in the place of its own, whatever else is in it."""
-    found, expected = files.get(path.name, {}), _arrays(tree)
+    found, expected = _load(path, sha256), _arrays(tree)
     for name in sorted({*found, *expected}):
         shapes = [arrays[name].shape if name in arrays else None for arrays in (found, expected)]
         if shapes[0] != shapes[1]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..bank.layout import write_bank
 from ..config import MemoryConfig
 from ..corpus.folder import Corpus
+from ..errors import FormatError
 from ..memories import GENERIC
 from .export import anchor_files, copy_file, model_folder
 from .rows import BankRows
@@ -48,7 +49,13 @@ def write_model(
             copy_file(source / name, folder, name)
         if learned:
             trainer.settle()
-            save_model(folder, trainer.anchor)
+            try:
+                save_model(folder, trainer.anchor)
+            except RuntimeError as error:  # MLX's own, for a full disk too
+                reason = " ".join(str(error).split())
+                raise FormatError(
+                    f"{out}: cannot be written ({reason}); check the folder and free space"
+                ) from None
             dtype = str(trainer.dtype).removeprefix("mlx.core.")
             text = json.dumps(start.config | {"torch_dtype": dtype}, indent=2)
             (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
@@ -132,5 +139,10 @@ def model_card(
         lines += [f"| {name} | {loss:.4f} |" for name, loss in result["validation"].items()]
         lines += [""]
     lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in vars(config).items()]
+    settings = dict(vars(config))
+    if memory is None:
+        settings.pop("generic_probability")
+    else:
+        settings["generic_probability"] = config.generic_share(memory.branching)
+    lines += [f"| {name} | {value} |" for name, value in settings.items()]
     return "\n".join([*lines, ""])

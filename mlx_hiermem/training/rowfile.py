@@ -81,8 +81,8 @@ class RecordFile:
                 done += os.pwrite(self._fd, buffer[done : done + _LIMIT], offset + done)
             except OSError as error:
                 raise TrainingError(
-                    f"{self.path}: cannot be written ({error.strerror}); free some space and run "
-                    "again with --resume: the last checkpoint is whole"
+                    f"{self.path}: cannot be written ({error.strerror}); check the folder and free "
+                    "space"
                 ) from None
 
     def sync(self) -> None:
@@ -90,7 +90,10 @@ class RecordFile:
         try:
             os.fsync(self._fd)
         except OSError as error:
-            raise TrainingError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise TrainingError(
+                f"{self.path}: cannot be written ({error.strerror}); check the folder and free "
+                "space"
+            ) from None
 
     def committed(self) -> None:
         """A checkpoint with the present ``places`` is safe: what the one before held is free."""

@@ -219,7 +219,7 @@ class BankRows:
                 raise BudgetError(
                     f"a memory budget of {self.budget:,} bytes cannot hold the rows that one batch "
                     f"uses with their optimizer state, {needed:,} bytes; give --memory-budget more "
-                    "or lower --batch-size"
+                    "(a lower --batch-size needs less, in a new run)"
                 )
             self._submit(key)
         row = self._reading.pop(key).result()

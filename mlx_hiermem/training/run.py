@@ -1,11 +1,13 @@
 """A run: steps, validation, checkpoints, and what people see of them, until it ends or is stopped.
 
 Ctrl-C, or a ``kill``, lets the step end, writes a checkpoint and leaves; a second one leaves at
-once.
+once. A checkpoint is written when the step after it has turned out to have a loss: so there is
+always one that training can go on from, also after a loss that is no number.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,10 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ..corpus.packed import PackedCorpus
+from ..errors import HierMemError
 from .checkpoint import Checkpoints
 from .config import Cadence
 from .curves import Curves
-from .trainer import Trainer
+from .trainer import LossError, Trainer
 from .validation import validate
 
 
@@ -43,9 +46,37 @@ def run(
         validation.
 
     Raises:
-        TrainingError: the loss is no number, or a checkpoint cannot be written; the last
-            checkpoint is whole.
+        HierMemError: the loss is no number, a checkpoint cannot be written, or whatever else: the
+            last checkpoint is whole, and the text says how to go on from it.
     """
+    try:
+        return _run(trainer, folder, checkpoints, validation, cadence)
+    except LossError as error:
+        how = "the lower value, --resume and --accept-changes"
+        raise with_advice(error, checkpoints, how) from None
+    except HierMemError as error:
+        raise with_advice(error, checkpoints) from None
+
+
+def with_advice(
+    error: HierMemError, checkpoints: Checkpoints, how: str = "--resume"
+) -> HierMemError:
+    """The same error, saying how to go on: with the same command and ``how``."""
+    steps = checkpoints.steps()
+    advice = "there is no checkpoint yet: start again"
+    if steps:
+        advice = f"the checkpoint of step {steps[-1]} is whole: go on from it with the same command"
+        advice += f" and {how}"
+    return type(error)(f"{error}; {advice}")
+
+
+def _run(
+    trainer: Trainer,
+    folder: Path,
+    checkpoints: Checkpoints,
+    validation: PackedCorpus | None,
+    cadence: Cadence,
+) -> dict[str, Any]:
     config, shown = trainer.config, trainer.processes.rank == 0
     if validation is None or not len(validation):
         cadence = replace(cadence, val_batches=0)
@@ -53,7 +84,12 @@ def run(
     last: dict[str, float] | None = None
     resumed_at = trainer.done if checkpoints.steps() else None
     with _signals() as stop, Curves(folder) if shown else _Silent() as curves:
-        curves.rewind(trainer.done)
+        curves.rewind(-1 if resumed_at is None else resumed_at)
+
+        def save() -> None:
+            checkpoints.save(trainer)
+            curves.plot()
+
         with tqdm(
             total=config.iters,
             initial=trainer.done,
@@ -65,18 +101,17 @@ def run(
                 at_end = trainer.done == config.iters
                 if cadence.val_batches and (at_end or trainer.done % cadence.steps_per_eval == 0):
                     last = validate(trainer, validation, cadence.val_batches)
+                    _check_finite(trainer, last)
                     if trainer.done != resumed_at:  # else it is in the log already
                         curves.validation(trainer.done, last)
                     if shown:
                         _say(bar, f"step {trainer.done}: validation {_numbers(last)}")
                 # All processes stop at the same step: a signal may reach only one of them.
                 stopped = bool(max(trainer.processes.all(int(stop.asked))))
-                if at_end or stopped or trainer.done % cadence.save_every == 0:
-                    checkpoints.save(trainer)
-                    curves.plot()
                 if at_end or stopped:
+                    save()
                     break
-                report = trainer.step()
+                report = trainer.step(save if trainer.done % cadence.save_every == 0 else None)
                 losses.append(report.loss)
                 curves.step(asdict(report))
                 bar.update()
@@ -99,6 +134,17 @@ def run(
         "loss": sum(tail) / len(tail) if tail else None,
         "validation": last,
     }
+
+
+def _check_finite(trainer: Trainer, losses: dict[str, float]) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            with trainer.processes.together():
+                raise LossError(
+                    f"step {trainer.done}: the validation loss with memory {name} is {loss}: lower "
+                    f"learning_rate ({trainer.config.learning_rate:g}) or clip "
+                    f"({trainer.config.clip:g})"
+                )
 
 
 def _numbers(losses: dict[str, float]) -> str:

@@ -15,18 +15,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from tqdm import tqdm
 
 from ..anchors import load_anchor, openlm
 from ..backend import device_facts
 from ..bank.manifest import MANIFEST
 from ..bank.reader import BlockReader
 from ..config import AnchorShape, MemoryConfig
-from ..corpus.folder import Corpus
+from ..corpus.folder import Corpus, file_sha256
 from ..corpus.packed import PackedCorpus
 from ..errors import TrainingError
 from ..memories import GENERIC, start_block
 from ..models import find_model
 from ..routing.embeddings import embedding_table
+from .fingerprints import anchor_bytes, anchor_sha256
 from .rows import BankRows
 
 #: The paper's memory config for its 160M anchor.
@@ -139,14 +141,24 @@ def check_encoder(corpus: Corpus, anchor: nn.Module, trains_anchor: bool) -> Non
         )
 
 
-def freeze(anchor: nn.Module, patterns: Sequence[str]) -> list[str]:
+def fingerprint(anchor: nn.Module) -> str:
+    """The sha256 of the anchor's weights, with a progress bar for large ones."""
+    total = anchor_bytes(anchor)
+    with tqdm(
+        total=total, desc="anchor", unit="B", unit_scale=True, delay=1, leave=False, disable=None
+    ) as bar:
+        return anchor_sha256(anchor, bar.update)
+
+
+def freeze(anchor: nn.Module, patterns: Sequence[str], trains_anchor: bool) -> list[str]:
     """Freeze the anchor's parameters whose names match; returns the names, sorted.
 
     Args:
         patterns: such as ``model.embed_tokens*``; ``*`` stands for anything.
+        trains_anchor: whether some of it has to learn.
 
     Raises:
-        TrainingError: a pattern matches nothing.
+        TrainingError: a pattern matches nothing, or nothing is left to learn.
     """
     modules = dict(anchor.named_modules())
     names = [name for name, _ in tree_flatten(anchor.parameters())]
@@ -162,6 +174,11 @@ def freeze(anchor: nn.Module, patterns: Sequence[str]) -> list[str]:
     for name in frozen:
         module, _, parameter = name.rpartition(".")
         modules[module].freeze(keys=parameter, recurse=False)
+    if trains_anchor and not tree_flatten(anchor.trainable_parameters()):
+        raise TrainingError(
+            f"freeze {' '.join(map(repr, patterns))}: nothing of the anchor is left to learn; "
+            "freeze less, or use regime frozen, which trains memories alone"
+        )
     return sorted(frozen)
 
 
@@ -200,11 +217,22 @@ def memory_config(
     )
 
 
+def bank_folder(start: Start) -> Path | None:
+    """The memory folder that comes with the anchor, if there is one."""
+    memory = None if start.folder is None else start.folder / "memory"
+    return memory if memory is not None and (memory / MANIFEST).is_file() else None
+
+
+def bank_revision(bank: Path | None) -> str | None:
+    """The sha256 of a bank's manifest, which names that of every file; None for no bank."""
+    return None if bank is None else file_sha256(bank / MANIFEST)
+
+
 def open_rows(
     corpus: Corpus,
     config: MemoryConfig,
     seed: int,
-    folder: Path | None,
+    memory: Path | None,
     state: Path,
     budget: int,
 ) -> BankRows:
@@ -212,13 +240,12 @@ def open_rows(
 
     Args:
         seed: of the start values.
-        folder: the anchor's model folder; if it has a bank, training goes on from its blocks.
+        memory: the memory folder of a bank, whose blocks training goes on from.
 
     Raises:
         TrainingError: that bank is of another tree or memory config.
     """
-    memory = None if folder is None else folder / "memory"
-    if memory is None or not (memory / MANIFEST).is_file():
+    if memory is None:
 
         def start(level: int, cluster: int) -> np.ndarray:
             return start_block(config, level, cluster, seed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,10 @@ class StepReport:
     gradient_norm: float
     tokens: int
     tokens_per_second: float
+
+
+class LossError(TrainingError):
+    """A loss is no number any more."""
 
 
 class Trainer:
@@ -128,30 +133,40 @@ class Trainer:
 
     # ---- a step ------------------------------------------------------------------------
 
-    def step(self) -> StepReport:
+    def step(self, before_update: Callable[[], None] | None = None) -> StepReport:
         """Do one optimizer step.
 
+        Args:
+            before_update: called when loss and gradients are known to be numbers, before anything
+                is changed: the time for a checkpoint that training can go on from.
+
         Raises:
-            TrainingError: loss or gradient is no number; nothing was changed.
+            LossError: loss or gradient is no number; nothing was changed.
         """
         started = time.perf_counter()
         config, rate = self.config, self.config.rate(self.done)
         tokens, ids = self._batch(self.done)
         count = predicted_tokens(tokens, self.corpus.end_of_text)
-        loss, anchor_gradients, row_gradients = self._gradients(tokens, ids, max(1, count))
+        with self.processes.together():
+            loss, anchor_gradients, row_gradients = self._gradients(tokens, ids, max(1, count))
         if self.rows is not None:
             keys = self.rows.keys(ids)
             row_gradients = self.processes.sum_rows(row_gradients, keys, self.rows.sizes)
         anchor_gradients, loss = self.processes.sum((anchor_gradients, loss))
 
-        norm = _norm(anchor_gradients, row_gradients)
+        # Equal gradients, but their norm may be rounded otherwise on another processor.
+        norm = self.processes.first(_norm(anchor_gradients, row_gradients))
         if not math.isfinite(loss.item()) or not math.isfinite(norm):
-            raise TrainingError(
-                f"step {self.done + 1}: the loss is {loss.item():.4g}, its gradient's norm "
-                f"{norm:.4g}; this step was not taken: lower learning_rate "
-                f"({config.learning_rate:g}) or clip ({config.clip:g}), and go on from the last "
-                "checkpoint"
-            )
+            with self.processes.together():
+                raise LossError(
+                    f"step {self.done + 1}: the loss is {loss.item():.4g}, its gradient's norm "
+                    f"{norm:.4g}; this step was not taken: lower learning_rate "
+                    f"({config.learning_rate:g}) or clip ({config.clip:g})"
+                )
+        if before_update is not None:
+            computed = time.perf_counter()
+            before_update()
+            started += time.perf_counter() - computed
         scale = min(1.0, config.clip / (norm + 1e-6))
         if self.weights:
             share = config.anchor_share if self.rows is not None else 1.0
@@ -160,7 +175,8 @@ class Trainer:
             self.weights = self.optimizer.apply_gradients(scaled, self.weights)
             mx.eval(self.weights, self.optimizer.state)
         if self.rows is not None:
-            self.rows.update(row_gradients, rate, config.weight_decay, scale)
+            with self.processes.together():
+                self.rows.update(row_gradients, rate, config.weight_decay, scale)
         self.done += 1
         seconds = time.perf_counter() - started
         return StepReport(self.done, loss.item(), rate, norm, count, count / seconds)
