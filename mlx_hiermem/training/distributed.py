@@ -68,6 +68,7 @@ class Processes:
             ) from None
         self.rank: int = self._group.rank()
         self.size: int = self._group.size()
+        self._lost = ""
 
     # ---- gradients ---------------------------------------------------------------------
 
@@ -171,16 +172,20 @@ class Processes:
                     )
 
     def _exchange(self, result: mx.array) -> mx.array:
+        """Evaluate what the others take part in."""
+        if self._lost:  # MLX's ring would wait for ever
+            raise LostProcessError(self._lost)
         waiting = threading.Timer(PATIENCE, self._say_waiting)
         waiting.daemon = True
         waiting.start()
         try:
             mx.eval(result)
         except RuntimeError as error:
-            raise LostProcessError(
+            self._lost = (
                 f"process {self.rank} of {self.size}: another process is gone, or cannot be "
                 f"reached any more ({_line(error)})"
-            ) from None
+            )
+            raise LostProcessError(self._lost) from None
         finally:
             waiting.cancel()
         return result
