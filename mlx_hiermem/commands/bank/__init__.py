@@ -1,0 +1,47 @@
+"""``mlx_hiermem bank``: look at a memory bank and change it; one file per action."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+#: Every action with its one-line summary, in the order of ``--help``.
+ACTIONS = {
+    "inspect": "show what a bank holds, level by level",
+    "verify": "read every file of a bank and compare it with the manifest",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, summary in ACTIONS.items():
+        action = actions.add_parser(name, help=summary, description=f"{summary}.")
+        module = import_module(f"{__package__}.{name}")
+        module.add_arguments(action)
+        action.add_argument("--json", action="store_true", help="print one JSON object")
+        action.set_defaults(report=module.report, to_text=module.to_text)
+
+
+def run(args: argparse.Namespace) -> int:
+    report = args.report(args)
+    print(json.dumps(report, indent=2) if args.json else args.to_text(report))
+    return 0
+
+
+def memory_folder(args: argparse.Namespace) -> Path:
+    """The memory folder that ``--bank`` or ``--model`` names."""
+    if args.bank is not None:
+        return Path(args.bank).expanduser()
+    from ...models import find_model
+
+    return find_model(args.model) / "memory"
+
+
+def progress_bytes(total: int, description: str) -> Any:
+    """A progress bar in bytes: on stderr, gone when done, not there where nobody looks."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=description, leave=False, disable=None)
