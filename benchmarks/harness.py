@@ -68,7 +68,10 @@ class Times:
 
 
 def interleave(
-    tasks: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+    tasks: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Times]:
     """Time each task once in every round.
 
@@ -76,14 +79,18 @@ def interleave(
         tasks: what is timed, by name; each call has to be done when it returns (``mx.eval``).
         rounds: how many; every other one runs backwards, so that none always comes first.
         warmup: calls of each before that are not timed: compiling, first allocations.
+        before: called before each task, not timed.
     """
+    prepare = before or (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         for _ in range(warmup):
+            prepare()
             task()
     for number in range(rounds):
         names = list(tasks) if number % 2 == 0 else list(reversed(tasks))
         for name in names:
+            prepare()
             started = time.perf_counter()
             tasks[name]()
             seconds[name].append(time.perf_counter() - started)
@@ -168,6 +175,13 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def resident_memory() -> int:
+    """The resident memory of this process now, in bytes."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def _worker(argv: Sequence[str]) -> None:
     module, name = argv[0].split(":")
     result = getattr(import_module(module), name)(**json.loads(argv[1]))
@@ -178,15 +192,19 @@ def _worker(argv: Sequence[str]) -> None:
 
 
 def main(
-    name: str, measure: Callable[[bool], Sequence[Row]], argv: Sequence[str] | None = None
+    name: str,
+    measure: Callable[..., Sequence[Row]],
+    argv: Sequence[str] | None = None,
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
     """The ``main`` of a script.
 
     Args:
         name: of the benchmark.
         measure: called with whether this is only a smoke run: small sizes and few rounds, whose
-            values say nothing; returns the rows.
+            values say nothing; returns the rows. With ``options`` it is called with all arguments.
         argv: the arguments; those of the process by default.
+        options: adds arguments of the script's own.
 
     Returns:
         0, also where a goal is missed: the table says so; 2 where it could not be measured.
@@ -196,9 +214,11 @@ def main(
         "--smoke", action="store_true", help="small and quick; only shows that it runs"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file too")
-    args = parser.parse_args(argv)
+    if options is not None:
+        options(parser)
     try:
-        rows = list(measure(args.smoke))
+        args = parser.parse_args(argv)
+        rows = list(measure(args.smoke if options is None else args))
     except HierMemError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

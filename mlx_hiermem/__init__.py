@@ -14,12 +14,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .bank.store import MemoryBank
     from .config import MemoryConfig
-    from .engine import MemoryLM, load
+    from .engine import MemoryLM
+    from .loading import load
     from .routing.encoder import Encoder
     from .routing.tree import ClusterPath, ClusterTree
 
 _HOME = {
-    "load": "engine",
+    "load": "loading",
     "MemoryLM": "engine",
     "MemoryConfig": "config",
     "MemoryBank": "bank.store",

@@ -25,7 +25,7 @@ COMMANDS = {
     "evaluate": "measure facts, routing or perplexity, with the memory fetched, generic and off",
     "cluster": "make a corpus: embed documents, grow the tree, assign, pack",
     "merge": "put the subtrees that train --subtree trained together to one model",
-    "bank": "inspect or verify a memory bank",
+    "bank": "look at a memory bank, change it, publish it",
     "doctor": "show the backend, its speed, the versions, and what to mend",
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .quantization import Quantization
 
 FORMAT_VERSION = 1
 
@@ -21,6 +22,20 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 #: Kinds of encoder: what turns a text into the vector that is routed.
 ENCODER_TYPES = ("embeddings", "bert")
+
+#: Most layers of an anchor, and what all its sizes and the ranks stay below. Far more than there
+#: is; a config from elsewhere must not make us count to whatever it names.
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31
+# k^p is below 2^62, so there are fewer levels.
+_MAX_LEVELS = 61
+# The config of a bank is a few hundred bytes.
+_MOST_BYTES = 1 << 24
+
+
+def _shown(value: Any) -> str:
+    """``value`` for an error text: on one line, and short whatever it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,18 @@ class AnchorShape:
             return getattr(source, name, None)
 
         sizes = {f.name: get(f.name) for f in fields(cls)}
-        if sizes["head_dim"] is None and sizes["hidden_size"] and sizes["num_attention_heads"]:
-            sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        if sizes["head_dim"] is None and type(width) is type(heads) is int and heads:
+            sizes["head_dim"] = width // heads
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ConfigError(
-                    f"the anchor's config: {name} is {size!r}; expected a positive integer"
+                    f"the anchor's config: {name} is {_shown(size)}; expected a positive integer"
+                )
+            most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE - 1
+            if size > most:
+                raise ConfigError(
+                    f"the anchor's config: {name} is {_shown(size)}; expected at most {most}"
                 )
         return cls(**sizes)
 
@@ -87,7 +108,8 @@ class MemoryConfig:
         layers: indices of the anchor's layers that have memory; ``None`` means all.
         encoder: what routes a text, ``{"type": ..., ...}``; see ``routing/encoder.py``.
         dtype: dtype of the stored blocks.
-        quantization: how blocks are quantised; only ``None`` (not at all) in this version.
+        quantization: how blocks are quantised, ``{"mode", "bits", "group_size"}`` (see
+            ``quantization.py``); ``None``: not at all. ``dtype`` is then that of affine scales.
         base_anchor: ``{"name": ..., "revision": ..., "shape": {...}}`` of the anchor that the
             bank was trained with; ``shape`` holds the fields of :class:`AnchorShape`.
         format_version: version of the folder format (docs/format.md).
@@ -114,54 +136,56 @@ class MemoryConfig:
                 isinstance(value, str)
                 or not isinstance(value, Sequence)
                 or any(isinstance(v, bool) or not isinstance(v, int) or v < low for v in value)
+                or any(v >= MAX_SIZE for v in value)
             ):
                 raise ConfigError(
-                    f"memory config: {name} is {value!r}; expected a list of integers >= {low}"
+                    f"memory config: {name} is {_shown(value)}; expected a list of integers >= "
+                    f"{low} and below {MAX_SIZE}"
                 )
             object.__setattr__(self, name, tuple(value))
 
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ConfigError(
-                f"memory config: format_version is {self.format_version!r}; this version of "
-                f"mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
+                f"memory config: format_version is {_shown(self.format_version)}; this "
+                f"version of mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
             )
         integers("ranks", 0)
         if not any(self.ranks):
             raise ConfigError(
-                f"memory config: ranks is {list(self.ranks)}; at least one level needs a rank > 0"
+                f"memory config: ranks is {_shown(list(self.ranks))}; at least one level needs a rank > 0"
             )
         if self.levels == 0:
             object.__setattr__(self, "levels", len(self.ranks))
         if type(self.levels) is not int or self.levels != len(self.ranks):
             raise ConfigError(
-                f"memory config: levels is {self.levels!r} but ranks has {len(self.ranks)} "
+                f"memory config: levels is {_shown(self.levels)} but ranks has {len(self.ranks)} "
                 "entries; give one rank for each level"
             )
         k = self.branching
         if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-            raise ConfigError(f"memory config: branching is {k!r}; expected an integer >= 2")
-        if k**self.levels >= 2**62:
+            raise ConfigError(f"memory config: branching is {_shown(k)}; expected an integer >= 2")
+        if self.levels > _MAX_LEVELS or k >= 2**62 or k**self.levels >= 2**62:
             raise ConfigError(
-                f"memory config: {k}^{self.levels} clusters cannot be numbered; "
+                f"memory config: {_shown(k)}^{self.levels} clusters cannot be numbered; "
                 "use fewer levels or a smaller branching"
             )
         self._one_of("kind", KINDS)
         self._one_of("dtype", DTYPE_BYTES)
         if not isinstance(self.encoder, Mapping) or self.encoder.get("type") not in ENCODER_TYPES:
             raise ConfigError(
-                f"memory config: encoder is {self.encoder!r}; expected an object whose type is "
+                f"memory config: encoder is {_shown(self.encoder)}; expected an object whose type is "
                 f"one of {', '.join(ENCODER_TYPES)}"
             )
         if self.quantization is not None:
-            raise ConfigError(
-                f"memory config: quantization is {self.quantization!r}; this version reads banks "
-                "that are not quantised (null)"
-            )
+            try:
+                Quantization.of(self.quantization)
+            except ConfigError as error:
+                raise ConfigError(f"memory config: {error}") from None
         if self.layers is not None:
             integers("layers", 0)
             if not self.layers or list(self.layers) != sorted(set(self.layers)):
                 raise ConfigError(
-                    f"memory config: layers is {list(self.layers)}; expected ascending layer "
+                    f"memory config: layers is {_shown(list(self.layers))}; expected ascending layer "
                     "indices without repeats, or null for all layers"
                 )
         if self.base_anchor is not None:
@@ -170,12 +194,15 @@ class MemoryConfig:
                     "memory config: base_anchor has no shape; expected an object with name, shape"
                 )
             self._check_layers(AnchorShape.of(self.base_anchor["shape"]))
+            if self.packing is not None:
+                for width in set(self.row_widths()):
+                    self.packing.check(width)
 
     def _one_of(self, name: str, known: Mapping[str, Any]) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) or value not in known:
             raise ConfigError(
-                f"memory config: {name} is {value!r}; known are {', '.join(sorted(known))}"
+                f"memory config: {name} is {_shown(value)}; known are {', '.join(sorted(known))}"
             )
 
     def _check_layers(self, anchor: AnchorShape) -> None:
@@ -231,9 +258,32 @@ class MemoryConfig:
             self.block_size(level, anchor) * self.clusters(level) for level in self.memory_levels
         )
 
+    @property
+    def packing(self) -> Quantization | None:
+        """The checked ``quantization``."""
+        return None if self.quantization is None else Quantization.of(self.quantization)
+
+    def row_parts(self, anchor: Any = None) -> list[tuple[int, ...]]:
+        """For each matrix of a block the bytes of one row, part by part (one if not quantised)."""
+        size, packing = DTYPE_BYTES[self.dtype], self.packing
+        if packing is None:
+            return [(width * size,) for width in self.row_widths(anchor)]
+        return [packing.row_bytes(width, size) for width in self.row_widths(anchor)]
+
     def block_bytes(self, level: int, anchor: Any = None) -> int:
         """Bytes of one stored block of ``level``."""
-        return self.block_size(level, anchor) * DTYPE_BYTES[self.dtype]
+        return self.ranks[level - 1] * sum(map(sum, self.row_parts(anchor)))
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype of the tensors in the files: ``dtype``, or "uint8" in a quantised bank."""
+        return self.dtype if self.quantization is None else "uint8"
+
+    def stored_size(self, level: int) -> int:
+        """Elements of ``stored_dtype`` in one stored block of ``level``."""
+        if self.quantization is None:
+            return self.block_size(level)
+        return self.block_bytes(level)
 
     # ---- files -----------------------------------------------------------------------
 
@@ -247,8 +297,10 @@ class MemoryConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
+            names = ", ".join(unknown)
+            plain = names.isprintable() and len(names) <= 80
             raise ConfigError(
-                f"memory config: unknown key {', '.join(unknown)}; known keys are "
+                f"memory config: unknown key {names if plain else _shown(names)}; known keys are "
                 f"{', '.join(sorted(known))}"
             )
         if "ranks" not in values:
@@ -264,7 +316,11 @@ class MemoryConfig:
         """Read ``memory/config.json``; errors name the file."""
         path = Path(path)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            with open(path, "rb") as file:
+                data = file.read(_MOST_BYTES + 1)
+            if len(data) > _MOST_BYTES:
+                raise ConfigError(f"more than {_MOST_BYTES} bytes; expected a few hundred")
+            return cls.from_dict(json.loads(data.decode("utf-8")))
         except FileNotFoundError:
             raise ConfigError(
                 f"{path}: no such file; expected the config.json of a memory folder"

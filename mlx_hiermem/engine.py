@@ -1,29 +1,27 @@
 """MemoryLM: route -> fetch -> decode. The one place where routing, bank and anchor meet.
 
-``load`` finds a model folder (a path, the name of a model that ships, or a Hub repository) and
-opens it; ``MemoryLM`` routes a text, fetches the blocks on its path once, and lets mlx-lm's own
-loop decode with the fetched memory in the prompt cache.
+It routes a text, fetches the blocks on its path once, and lets mlx-lm's own loop decode with the
+fetched memory in the prompt cache. ``loading.load`` makes it.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import generation_stream, stream_generate
 
 from . import scoring
-from .anchors import load_anchor, load_anchor_tokenizer
-from .bank.report import FetchReport
+from .bank.report import FetchedMemory, FetchReport
 from .bank.store import MemoryBank
-from .errors import ConfigError, InputError
-from .memories import attach
-from .models import find_model
-from .routing.encoder import Encoder, load_encoder
+from .errors import FormatError, InputError
+from .routing.encoder import Encoder
 from .routing.tree import ClusterPath, ClusterTree
 
 #: What ``memory`` may be: one of these words, or the ids of a cluster path.
@@ -47,6 +45,12 @@ class Fetched:
     kind: str
     path: ClusterPath | None
     report: FetchReport
+    found: FetchedMemory | None = None
+
+    def release(self) -> None:
+        """Let the next fetch write where ``memory`` is; see ``FetchedMemory.release``."""
+        if self.found is not None:
+            self.found.release()
 
 
 @dataclass(frozen=True)
@@ -76,60 +80,6 @@ class Response:
     tokens_per_second: float
     peak_memory: int
     finish_reason: str | None
-
-
-def load(
-    path_or_repo: str | Path,
-    bank: str | Path | None = None,
-    memory_budget: int | None = None,
-    revision: str | None = None,
-) -> MemoryLM:
-    """Load an anchor with its memory bank.
-
-    Args:
-        path_or_repo: a model folder, the name of a model that ships ("atlas"), or a Hub repository.
-        bank: the memory folder, when it is not ``memory/`` in the model folder.
-        memory_budget: bytes that resident and cached blocks may take; see ``MemoryBank.open``.
-        revision: of the Hub repository.
-
-    Raises:
-        ConfigError, FormatError, BudgetError: something is missing, damaged, or does not fit.
-    """
-    folder = find_model(path_or_repo, revision)
-    memory_folder = folder / "memory" if bank is None else Path(bank)
-    if not memory_folder.is_dir():
-        raise ConfigError(
-            f"{memory_folder}: no such folder; expected a memory bank; name one with bank "
-            "(--bank), or use mlx_lm for a model without memories"
-        )
-    store = MemoryBank.open(memory_folder, memory_budget=memory_budget)
-    try:
-        anchor, config = load_anchor(folder)
-        tokenizer = load_anchor_tokenizer(folder, config)
-        tree = ClusterTree.load(memory_folder / "tree.safetensors")
-        if (tree.branching, tree.levels) != (store.config.branching, store.config.levels):
-            raise ConfigError(
-                f"{memory_folder / 'tree.safetensors'}: branching {tree.branching}, levels "
-                f"{tree.levels}; config.json says {store.config.branching} and "
-                f"{store.config.levels}; they do not belong together, download the bank again"
-            )
-        encoder = load_encoder(
-            store.config.encoder, folder=memory_folder, anchor=anchor, tokenizer=tokenizer
-        )
-        if encoder.width != tree.width:
-            raise ConfigError(
-                f"{memory_folder / 'tree.safetensors'}: grown on vectors {tree.width} wide, the "
-                f"encoder of config.json gives {encoder.width}; they do not belong together, "
-                "download the bank again"
-            )
-        try:
-            model = attach(anchor, store.config)
-        except ConfigError as error:
-            raise ConfigError(f"{memory_folder}: {error}") from None
-        return MemoryLM(model, tokenizer, store, tree, encoder, config)
-    except BaseException:
-        store.close()
-        raise
 
 
 class MemoryLM:
@@ -163,6 +113,8 @@ class MemoryLM:
         self.encoder = encoder
         self.context_length: int | None = config.get("max_position_embeddings")
         self.dtype = _compute_dtype(model)
+        self._streams = 0  # answers that are being generated
+        self._ahead: ClusterPath | None = None  # to be prefetched when they have ended
 
     # ---- routing and fetching ----------------------------------------------------------
 
@@ -172,10 +124,14 @@ class MemoryLM:
         Raises:
             InputError: the text is empty, or not valid Unicode.
         """
-        if not text.strip():
-            raise InputError("the text to route is empty; give it at least one word")
-        _check_unicode(text)
-        return self.tree.route(self.encoder.encode([text]))[0]
+        return self._routes([text])[0]
+
+    def _routes(self, texts: Sequence[str]) -> list[ClusterPath]:
+        for text in texts:
+            if not text.strip():
+                raise InputError("the text to route is empty; give it at least one word")
+            _check_unicode(text)
+        return self.tree.route(self.encoder.encode(texts))
 
     def fetch(self, memory: Memory = "fetched", text: str | None = None) -> Fetched:
         """Fetch a memory.
@@ -189,24 +145,72 @@ class MemoryLM:
             InputError: an unknown word, or "fetched" without a text.
             PathError: the path is not one of the tree.
         """
+        return self.fetch_batch(memory, [text])[0]
+
+    def fetch_batch(self, memory: Memory, texts: Sequence[str | None]) -> list[Fetched]:
+        """Fetch the memories of several contexts, each distinct block once; as :meth:`fetch`."""
+        paths: list[ClusterPath | None]
         if not isinstance(memory, str):
-            found, kind = self.bank.fetch(memory), "path"
-            path = ClusterPath(tuple(map(int, memory)), ())
+            found, kind = self._fetch_paths([memory] * len(texts)), "path"
+            paths = [ClusterPath(tuple(map(int, memory)), ())] * len(texts)
         elif memory == "none":
-            return Fetched(None, "none", None, FetchReport([]))
+            return [Fetched(None, "none", None, FetchReport([])) for _ in texts]
         elif memory == "generic":
-            found, kind, path = self.bank.generic(), "generic", None
+            first = self.bank.generic()
+            found, kind = [first, *(first.share() for _ in texts[1:])], "generic"
+            paths = [None] * len(texts)
         elif memory != "fetched":
             raise InputError(
                 f"memory is {memory!r}; expected one of {', '.join(MEMORIES)}, or the ids of a path"
             )
-        elif text is None:
-            raise InputError("memory is 'fetched', but there is no text to route; pass one")
         else:
-            path = self.route(text)
-            found, kind = self.bank.fetch(path.ids), "fetched"
-        joined = self.model.join(found.blocks)[None].astype(self.dtype)  # (1, L, 3, R, d)
-        return Fetched(joined, kind, path, found.report)
+            given = [text for text in texts if text is not None]
+            if len(given) < len(texts):
+                raise InputError("memory is 'fetched', but there is no text to route; pass one")
+            routed = [self.route(*given)] if len(given) == 1 else self._routes(given)
+            found, kind = self._fetch_paths([path.ids for path in routed]), "fetched"
+            paths = list(routed)
+        ready: dict[int, mx.array] = {}  # memories that are shared are made ready once
+        for one in found:
+            if id(one.joined) not in ready:
+                ready[id(one.joined)] = self._ready(one)
+        return [
+            Fetched(ready[id(one.joined)], kind, path, one.report, one)
+            for one, path in zip(found, paths, strict=True)
+        ]
+
+    def _fetch_paths(self, paths: Sequence[Sequence[int]]) -> list[FetchedMemory]:
+        return [self.bank.fetch(*paths)] if len(paths) == 1 else self.bank.fetch_many(paths)
+
+    def _ready(self, found: FetchedMemory) -> mx.array:
+        """A memory (1, L, 3, R, d) in the model's dtype; the bank's own buffer where that fits."""
+        memory = self.model.shaped(found.joined)
+        if memory.dtype != self.dtype:
+            memory = memory.astype(self.dtype)
+            mx.eval(memory)
+            found.release()  # nothing reads the buffer any more
+        return memory
+
+    def prefetch(self, text: str) -> ClusterPath | None:
+        """Read the likely path of a text in the background, while its author still types.
+
+        The fetch of that path then finds it in memory. While an answer is being generated nothing
+        is read: it waits until that has ended, and only the newest text counts.
+
+        Returns:
+            The path; None for a text without a word.
+
+        Raises:
+            InputError: the text is not valid Unicode.
+        """
+        if not text.strip():
+            return None
+        path = self.route(text)
+        if self._streams:
+            self._ahead = path
+        else:
+            self.bank.prefetch(path.ids)
+        return path
 
     def prompt_cache(self, memory: Memory = "fetched", text: str | None = None) -> list[Any]:
         """A fresh prompt cache that holds a memory, for any of mlx-lm's loops.
@@ -251,28 +255,70 @@ class MemoryLM:
         if self.context_length is not None:
             max_tokens = min(max_tokens, self.context_length - len(tokens))
         fetched = self.fetch(memory, text if route_on is None else route_on)
-        for piece in stream_generate(
-            self.model,
-            self.tokenizer,
-            tokens,
-            max_tokens=max_tokens,
-            sampler=sampler,
-            prompt_cache=self._cache(fetched),
-            **options,
-        ):
-            yield Response(
-                text=piece.text,
-                token=piece.token,
-                memory=fetched.kind,
-                path=fetched.path,
-                fetch=fetched.report,
-                prompt_tokens=piece.prompt_tokens,
-                prompt_tps=piece.prompt_tps,
-                generation_tokens=piece.generation_tokens,
-                tokens_per_second=piece.generation_tps,
-                peak_memory=mx.get_peak_memory(),
-                finish_reason=piece.finish_reason,
+        with self._generating(fetched):
+            pieces = stream_generate(
+                self.model,
+                self.tokenizer,
+                tokens,
+                max_tokens=max_tokens,
+                sampler=sampler,
+                prompt_cache=self._cache(fetched),
+                **options,
             )
+            with closing(pieces):
+                for number, piece in enumerate(pieces):
+                    if number == 0 and mx.isnan(piece.logprobs).any().item():
+                        raise self.not_a_number(fetched)
+                    yield Response(
+                        text=piece.text,
+                        token=piece.token,
+                        memory=fetched.kind,
+                        path=fetched.path,
+                        fetch=fetched.report,
+                        prompt_tokens=piece.prompt_tokens,
+                        prompt_tps=piece.prompt_tps,
+                        generation_tokens=piece.generation_tokens,
+                        tokens_per_second=piece.generation_tps,
+                        peak_memory=mx.get_peak_memory(),
+                        finish_reason=piece.finish_reason,
+                    )
+
+    @contextmanager
+    def _generating(self, fetched: Fetched) -> Iterator[None]:
+        """While an answer is generated with a memory; gives the memory back when it has ended.
+
+        Every step that was begun is evaluated, and waited for, before that. Where that cannot be
+        known (an error in the midst of a step, another thread that closes the generator) the memory
+        is not given back: its buffer is then freed by itself, when nothing refers to it.
+        """
+        thread = threading.get_ident()
+        self._streams += 1
+        clean = False
+        try:
+            try:
+                yield
+                clean = True
+            except GeneratorExit:
+                clean = threading.get_ident() == thread
+                raise
+        finally:
+            self._streams -= 1
+            if clean:
+                mx.synchronize(generation_stream)
+                fetched.release()
+            if self._ahead is not None and not self._streams and thread == threading.get_ident():
+                ahead, self._ahead = self._ahead, None
+                self.bank.prefetch(ahead.ids)
+
+    def not_a_number(self, fetched: Fetched) -> FormatError:
+        """The error for an answer that is not made of numbers."""
+        if fetched.memory is None:
+            return FormatError("the anchor gives NaN in place of probabilities; load it again")
+        path = "" if fetched.path is None else f" on path {','.join(map(str, fetched.path.ids))}"
+        return FormatError(
+            f"{self.bank.folder}: with the {fetched.kind} memory{path} the model gives NaN in "
+            "place of probabilities; `mlx_hiermem bank verify` finds a block that holds NaN"
+        )
 
     def generate(
         self,
@@ -306,8 +352,12 @@ class MemoryLM:
             The sum of the continuation's log-probabilities in nats, and whether greedy decoding
             would give exactly it.
         """
-        memories = [self.fetch(memory, context if route_on is None else route_on).memory]
-        return scoring.score(self, [(context, continuation)], memories)[0]
+        fetched = self.fetch(memory, context if route_on is None else route_on)
+        logprob, greedy = scoring.score(self, [(context, continuation)], [fetched.memory])[0]
+        fetched.release()  # the score is a number, so all that led to it is evaluated
+        if math.isnan(logprob):
+            raise self.not_a_number(fetched)
+        return logprob, greedy
 
     def perplexity(self, texts: Sequence[str], memory: Memory = "fetched") -> float:
         """Perplexity per token over ``texts``; "fetched" routes each by its whole text.

@@ -90,6 +90,7 @@ _SAFETENSORS = {
     "uint64": "U64",
     "uint32": "U32",
     "uint16": "U16",
+    "uint8": "U8",
 }
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .bank.parts import Part
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -14,16 +18,24 @@ def shipped_models() -> list[str]:
     return sorted(path.parent.name for path in _ASSETS.glob("*/config.json"))
 
 
-def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
+def find_model(
+    path_or_repo: str | Path, revision: str | None = None, part: Part | None = None
+) -> Path:
     """The folder of a model.
 
     Args:
         path_or_repo: a folder; else the name of a model that ships; else a Hub repository
             (``owner/name``), which is downloaded, or taken from the local cache.
         revision: branch, tag or commit of the repository.
+        part: which of the repository's level files are wanted; None: all. A folder is what it is.
+
+    Returns:
+        The folder. That of a repository has the commit, 40 hex digits, as its name: to be pinned
+        as ``revision``.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or the Hub does not give it.
+        FormatError, PathError: the bank of the repository is damaged, or has no such part.
     """
     name = str(path_or_repo)
     folder = Path(name).expanduser()
@@ -36,27 +48,6 @@ def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
             f"{name or repr(name)}: no such folder; give a model folder, one of the shipped models "
             f"({', '.join(shipped_models()) or 'none'}), or a Hub repository (owner/name)"
         )
-    from huggingface_hub import snapshot_download
+    from .hub import download  # imports the Hub's client, which folders can do without
 
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[
-                    "*.json",
-                    "model*.safetensors",
-                    "tokenizer*",
-                    "*.jinja",
-                    "*.txt",
-                    "memory/*",
-                    "evaluation/*",
-                ],
-            )
-        )
-    except Exception as error:  # the Hub client raises errors of several HTTP libraries
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{name}: no such folder, and the Hub does not give it ({reason}); check the name and "
-            "the network"
-        ) from error
+    return download(name, revision, part).folder

@@ -77,14 +77,15 @@ def perplexity(lm: MemoryLM, texts: Sequence[str], memory: Memory, batch_size: i
     total, count = 0.0, 0
     for start in range(0, len(texts), batch_size):
         windows, memories = [], []
-        for text in texts[start : start + batch_size]:
+        batch = texts[start : start + batch_size]
+        fetched = lm.fetch_batch(memory, batch)
+        for text, found in zip(batch, fetched, strict=True):
             tokens = lm.tokenize(text)
             length = lm.context_length or len(tokens)
-            fetched = lm.fetch(memory, text).memory
             for first in range(0, len(tokens), length):
                 if len(window := tokens[first : first + length]) > 1:
                     windows.append(window)
-                    memories.append(fetched)
+                    memories.append(found.memory)
         # A long text has many windows, so what was gathered is scored in batches again.
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]
@@ -92,6 +93,10 @@ def perplexity(lm: MemoryLM, texts: Sequence[str], memory: Memory, batch_size: i
             for row, values in zip(rows, logprobs, strict=True):
                 total -= float(values[: len(row) - 1].sum())
                 count += len(row) - 1
+        for found in fetched:  # all that they led to are numbers by now
+            found.release()
+        if math.isnan(total):
+            raise lm.not_a_number(fetched[0])
     if not count:
         raise InputError("the texts hold no two tokens in a row; perplexity needs longer ones")
     return math.exp(total / count)

@@ -97,8 +97,7 @@ def test_bytes_are_the_block_sizes_of_the_config(answer, lm):
     assert sizes == [4 * 2 * 3 * 16 * 4, 2 * 2 * 3 * 16 * 4]  # rank, layers, M1 to M3, d, float32
     assert [block["bytes"] for block in fetch["blocks"]] == sizes
     assert fetch["bytes"] == sum(sizes)
-    assert fetch["ms"] == pytest.approx(sum(block["ms"] for block in fetch["blocks"]))
-    assert fetch["ms"] > 0
+    assert fetch["ms"] >= sum(block["ms"] for block in fetch["blocks"]) > 0
     assert [block["level"] for block in fetch["blocks"]] == [1, 2]
     assert [block["source"] for block in fetch["blocks"]] == ["resident", "disk"]
 
@@ -345,7 +344,7 @@ def test_inspect_as_json(run, folder):
         assert report == bank.inspect()
     assert [row["block_bytes"] for row in report["levels"]] == [1536, 768]
     budget = json.loads(run("bank", "inspect", "--json", "--memory-budget", "1600")[0])
-    assert [row["tier"] for row in budget["levels"]] == ["disk", "disk"]
+    assert [row["tier"] for row in budget["levels"]] == ["cached", "cached"]
 
 
 def test_inspect_as_a_table(run, folder):
@@ -353,8 +352,9 @@ def test_inspect_as_a_table(run, folder):
     assert lines[0].startswith(f"{folder / 'memory'}: ffn memories, branching 3, revision ")
     assert "2,880 numbers, 576 in one fetched memory" in lines[1]
     assert lines[2].split()[:4] == ["level", "clusters", "rank", "numbers"]
-    assert lines[3].split() == "1 3 4 384 1,536 4,608 float32 1 resident 0".split()
-    assert lines[4].split() == "2 9 2 192 768 6,912 float32 3 disk 0".split()
+    row = "1 3 4 384 float32 1.5 kB 4.6 kB 1 resident 0 level 1 is small"
+    assert lines[3].split() == row.split()
+    assert lines[4].split()[:12] == "2 9 2 192 float32 768 B 6.9 kB 3 disk 0".split()
 
 
 def test_verify(run, folder):

@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem import ClusterTree, load
-from mlx_hiermem.bank.layout import write_bank
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import ConfigError, FormatError, InputError, PathError
 from mlx_hiermem.models import find_model, shipped_models

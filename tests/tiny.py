@@ -25,7 +25,7 @@ from mlx_lm.utils import load_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_hiermem.anchors import openlm
-from mlx_hiermem.bank.layout import write_bank
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import AnchorShape, MemoryConfig
 from mlx_hiermem.routing.embeddings import EmbeddingEncoder, embedding_table
 from mlx_hiermem.routing.grow import grow

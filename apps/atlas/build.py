@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.bank.layout import write_bank
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.errors import TrainingError
 from mlx_hiermem.evaluation.facts import Question, write_questions
 

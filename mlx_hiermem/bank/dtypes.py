@@ -15,10 +15,11 @@ STORAGE = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "uint8": np.dtype("u1"),  # packed bytes of a quantised bank
 }
 
 #: For each dtype of a bank its name in a safetensors header.
-SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -39,7 +40,7 @@ def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     storage = STORAGE[dtype]
     if values.dtype == storage:
         return values
-    if values.dtype != np.float32:
+    if values.dtype != np.float32 or dtype == "uint8":
         raise FormatError(
             f"an array of {values.dtype} cannot be stored as {dtype}; expected float32 or the "
             f"{storage.name} storage array"

@@ -6,24 +6,35 @@ the folder itself lies in (a snapshot of the Hub cache is made of such links).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import FormatError
 
 # One read call may not be asked for more than 2 GiB (an error on macOS, a short read on Linux).
 _READ_LIMIT = 1 << 30
+# Pieces in one call: IOV_MAX of Linux and macOS.
+_MOST_PIECES = 1024
 _HASH_CHUNK = 1 << 22
+# What a read that must not wait ends with: not in the page cache, or not known to this file system.
+_NOT_NOW = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+
+
+class ReadError(FormatError):
+    """The system cannot read a file that was open: its disk has gone, or is broken."""
 
 
 def check_name(name: str) -> bool:
-    """Whether ``name`` is a plain relative name: no way up, no hidden part, printable."""
+    """Whether ``name`` is a plain relative name: no way up, no hidden part, printable, at most 255
+    characters."""
     parts = name.split("/")
     return (
-        name.isprintable()
+        len(name) <= 255
+        and name.isprintable()
         and "\\" not in name
         and not any(part == "" or part.startswith(".") for part in parts)
     )
@@ -81,18 +92,69 @@ def read_exact(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     Raises:
         FormatError: the file ends before the buffer is full, or cannot be read.
     """
-    done = 0
-    while done < len(buffer):
+    read_scattered(fd, [buffer], offset, path)
+
+
+def read_scattered(
+    fd: int, pieces: Sequence[memoryview], offset: int, path: Path, cached_only: bool = False
+) -> int:
+    """Fill the pieces, one behind the other, with what the file holds from ``offset`` on.
+
+    One system call where the pieces are not too many and it reads all; as many as it takes
+    otherwise.
+
+    Args:
+        pieces: bytes, writable.
+        cached_only: stop where the disk would be waited for (Linux only; elsewhere at once).
+
+    Returns:
+        Bytes read; fewer than the pieces hold only with ``cached_only``.
+
+    Raises:
+        FormatError: the file ends before the pieces are full, or cannot be read.
+    """
+    flags = 0
+    if cached_only:
+        flags = getattr(os, "RWF_NOWAIT", 0)
+        if not flags:
+            return 0
+    total, done = sum(map(len, pieces)), 0
+    rest = pieces
+    while rest:
+        few = len(rest) <= _MOST_PIECES and total - done <= _READ_LIMIT
         try:
-            count = os.preadv(fd, [buffer[done : done + _READ_LIMIT]], offset + done)
+            count = os.preadv(fd, rest if few else _front(rest), offset + done, flags)
         except OSError as error:
-            raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+            if cached_only and error.errno in _NOT_NOW:
+                return done
+            raise ReadError(f"{path}: cannot be read ({error.strerror})") from None
         if count == 0:
             raise FormatError(
-                f"{path}: truncated: found {done} of the {len(buffer)} bytes expected at "
+                f"{path}: truncated: found {done} of the {total} bytes expected at "
                 f"{offset}; copy or download the bank again"
             )
         done += count
+        rest = rest_of(rest, count) if done < total else ()
+    return done
+
+
+def _front(pieces: Sequence[memoryview]) -> list[memoryview]:
+    """As much of the pieces as one call may be asked for."""
+    front, room = list(pieces[:_MOST_PIECES]), _READ_LIMIT
+    for number, piece in enumerate(front):
+        if len(piece) >= room:
+            return [*front[:number], piece[:room]]
+        room -= len(piece)
+    return front
+
+
+def rest_of(pieces: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of the pieces behind their first ``count`` bytes."""
+    for number, piece in enumerate(pieces):
+        if count < len(piece):
+            return [piece[count:], *pieces[number + 1 :]]
+        count -= len(piece)
+    return []
 
 
 def hash_file(
@@ -113,16 +175,27 @@ def hash_file(
     return size, digest.hexdigest()
 
 
-def read_text(folder: Path, name: str, limit: int = 1 << 28) -> str:
-    """The text of the file ``name`` (UTF-8, at most ``limit`` bytes)."""
+def read_bytes(folder: Path, name: str, limit: int) -> bytes:
+    """The bytes of the file ``name``, at most ``limit`` of them.
+
+    Raises:
+        FormatError: it cannot be read, or is longer.
+    """
     try:
         with open(find(folder, name), "rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise FormatError(f"{folder / name}: cannot be read ({error.strerror})") from None
     if len(data) > limit:
-        raise FormatError(f"{folder / name}: more than {limit} bytes; expected a JSON file")
+        raise FormatError(
+            f"{folder / name}: more than {limit} bytes; copy or download the bank again"
+        )
+    return data
+
+
+def read_text(folder: Path, name: str, limit: int = 1 << 24) -> str:
+    """The text of the file ``name`` (UTF-8, at most ``limit`` bytes)."""
     try:
-        return data.decode("utf-8")
+        return read_bytes(folder, name, limit).decode("utf-8")
     except UnicodeDecodeError:
         raise FormatError(f"{folder / name}: not UTF-8 text; download the bank again") from None

@@ -3,7 +3,7 @@
 Such a file is 8 bytes (little-endian length n of the header), n bytes of JSON, then the
 numbers. Notable: headers written here are padded with spaces so that the numbers start at a
 multiple of 4,096 bytes, where a page of the file cache starts; a header read here may have
-any length that safetensors allows.
+any length up to a megabyte.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from .dtypes import SAFETENSORS, STORAGE
 from .files import read_exact
 
 _ALIGNMENT = 4096
-#: safetensors and MLX refuse longer headers.
-MAX_HEADER = 100_000_000
+#: A header of one tensor is a few hundred bytes, and padding. safetensors allows 100 MB, which as
+#: JSON may take gigabytes.
+MAX_HEADER = 1 << 20
 
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS.items()}
 

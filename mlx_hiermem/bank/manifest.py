@@ -68,16 +68,19 @@ def write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -
             raise FormatError(f"{path}: is a link; put the file itself there")
         files[name] = known.get(name) or FileEntry(*hash_file(folder, name))
     manifest = Manifest(files, revision_of(files))
-    table = {
-        "format_version": FORMAT_VERSION,
-        "revision": manifest.revision,
-        "files": {
-            name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()
-        },
-    }
     with AtomicFile(folder, MANIFEST) as file:
-        file.write((json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(manifest_bytes(manifest))
     return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The file of a manifest."""
+    files = {
+        name: {"bytes": entry.bytes, "sha256": entry.sha256}
+        for name, entry in manifest.files.items()
+    }
+    table = {"format_version": FORMAT_VERSION, "revision": manifest.revision, "files": files}
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _names(folder: Path) -> list[str]:
@@ -92,8 +95,11 @@ def _names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Read and check ``folder/manifest.json``; the files themselves are not looked at.
+
+    Args:
+        name: of the file to read for it (an edit that is being made has another).
 
     Raises:
         FormatError: it is missing or is not what docs/format.md says.
@@ -103,20 +109,21 @@ def read_manifest(folder: Path) -> Manifest:
     def wrong(found: str) -> FormatError:
         return FormatError(f"{path}: {found}; copy, download or write the bank again")
 
-    if not path.exists() and not path.is_symlink():
+    if not (folder / name).exists() and not (folder / name).is_symlink():
         raise FormatError(
             f"{path}: no such file; the bank was not written to its end or not copied whole, "
             "write or download it again"
         )
     try:
-        table = json.loads(read_text(folder, MANIFEST))
+        table = json.loads(read_text(folder, name))
     except (ValueError, RecursionError) as error:
         raise wrong(f"not valid JSON ({str(error)[:80]})") from None
     if not isinstance(table, dict) or set(table) != {"format_version", "revision", "files"}:
         raise wrong("expected an object with exactly format_version, revision and files")
-    if table["format_version"] != FORMAT_VERSION:
+    version = table["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
-            f"{path}: format_version is {str(table['format_version'])[:40]}, expected "
+            f"{path}: format_version is {repr(version)[:40]}, expected "
             f"{FORMAT_VERSION}; update mlx_hiermem or convert the bank"
         )
     if not isinstance(table["files"], dict):
@@ -137,7 +144,7 @@ def _entry(name: str, value: Any, wrong: Callable[[str], FormatError]) -> FileEn
         not isinstance(value, dict)
         or set(value) != {"bytes", "sha256"}
         or type(value["bytes"]) is not int
-        or value["bytes"] < 0
+        or not 0 <= value["bytes"] < 2**63
         or not isinstance(value["sha256"], str)
         or not re.fullmatch("[0-9a-f]{64}", value["sha256"])
     ):
@@ -156,18 +163,22 @@ def check_listed(folder: Path, manifest: Manifest, expected: Iterable[str]) -> N
         )
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raise FormatError if a listed file is missing or does not have the size listed."""
-    for name, entry in manifest.files.items():
-        _check_size(folder, name, find(folder, name).stat().st_size, entry)
-
-
-def _check_size(folder: Path, name: str, size: int, entry: FileEntry) -> None:
+def check_size(path: Path, size: int, entry: FileEntry) -> None:
+    """Raise FormatError if a file does not have the size listed."""
     if size != entry.bytes:
         state = "truncated" if size < entry.bytes else "changed"
         raise FormatError(
-            f"{folder / name}: {state}: {size} bytes, {MANIFEST} says {entry.bytes}; copy or "
-            "download the bank again"
+            f"{path}: {state}: {size} bytes, {MANIFEST} says {entry.bytes}; copy or download the "
+            "bank again"
+        )
+
+
+def check_sha256(path: Path, sha256: str, entry: FileEntry) -> None:
+    """Raise FormatError if a file does not have the checksum listed."""
+    if sha256 != entry.sha256:
+        raise FormatError(
+            f"{path}: altered: sha256 is {sha256}, {MANIFEST} says {entry.sha256}; one of them is "
+            "of another revision, download the bank again"
         )
 
 
@@ -187,13 +198,9 @@ def verify_files(
     """
     results = []
     for name, entry in manifest.files.items():
-        _check_size(folder, name, find(folder, name).stat().st_size, entry)
+        check_size(folder / name, find(folder, name).stat().st_size, entry)
         size, sha256 = hash_file(folder, name, progress)
-        _check_size(folder, name, size, entry)
-        if sha256 != entry.sha256:
-            raise FormatError(
-                f"{folder / name}: altered: sha256 is {sha256}, {MANIFEST} says {entry.sha256}; "
-                "download the bank again"
-            )
+        check_size(folder / name, size, entry)
+        check_sha256(folder / name, sha256, entry)
         results.append({"file": name, "bytes": size, "sha256": sha256, "ok": True})
     return results

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+#: Where a block may come from; see :class:`BlockReport`.
+SOURCES = ("resident", "cached", "disk", "kept", "prefetched", "batch", "blocked", "absent")
 
 
 @dataclass(frozen=True)
@@ -16,10 +20,13 @@ class BlockReport:
     Attributes:
         level: counted from 1.
         cluster: counted from 0 within the level; None in the generic memory.
-        bytes: bytes of the block, wherever it came from; 0 if it is blocked.
-        ms: milliseconds until the block was ready.
-        source: "resident" (its level is held in memory), "cached" (fetched before), "disk",
-            or "blocked" (zeros; nothing was read).
+        bytes: stored bytes of the block, wherever it came from; 0 if it is blocked or absent.
+        ms: milliseconds until the block was ready. Reads of several levels overlap.
+        source: "resident" (its level is held in memory), "cached" (fetched before), "disk" (read
+            from its file), "kept" (in the buffer since the fetch before: nothing was moved),
+            "prefetched" (read ahead, see ``MemoryBank.prefetch``), "batch" (read once for several
+            memories), "blocked" or "absent" (not in the part of the bank that is open; both are
+            zeros, and nothing was read).
         blocked: whether the block is blocked.
     """
 
@@ -35,21 +42,27 @@ class BlockReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FetchReport:
-    """How a memory was fetched: one :class:`BlockReport` per level with memory."""
+    """How a memory was fetched.
+
+    Attributes:
+        blocks: one :class:`BlockReport` per level with memory.
+        ms: milliseconds of the whole fetch.
+    """
 
     blocks: list[BlockReport]
+    ms: float = 0.0
 
     @property
     def bytes(self) -> int:
-        """Bytes of all blocks."""
+        """Stored bytes of all blocks."""
         return sum(block.bytes for block in self.blocks)
 
     @property
-    def ms(self) -> float:
-        """Milliseconds of all blocks."""
-        return sum(block.ms for block in self.blocks)
+    def bytes_read(self) -> int:
+        """Bytes of the blocks that were read from files for this fetch."""
+        return sum(block.bytes for block in self.blocks if block.source == "disk")
 
     def to_dict(self) -> dict[str, Any]:
         """A mapping for JSON: bytes, ms, blocks."""
@@ -60,14 +73,67 @@ class FetchReport:
         }
 
 
-@dataclass(frozen=True)
 class FetchedMemory:
     """A fetched (or the generic) memory.
 
     Attributes:
-        blocks: one 1-D array (s_l,) per level with memory, in the dtype of the bank.
-        report: where each came from.
+        joined: (fetch_size,) in the dtype of the bank, the levels' blocks joined matrix by matrix:
+            each matrix holds the rows of all levels, level 1 first. Evaluated.
+        report: where each block came from.
     """
 
-    blocks: list[mx.array]
-    report: FetchReport
+    def __init__(
+        self,
+        joined: mx.array,
+        report: FetchReport,
+        split: Callable[[mx.array], list[mx.array]],
+        loan: Loan | None = None,
+    ) -> None:
+        self.joined = joined
+        self.report = report
+        self._split = split
+        self._loan = loan
+
+    @property
+    def blocks(self) -> list[mx.array]:
+        """One array (s_l,) per level with memory, in the dtype of the bank: W[l, i]. Copies."""
+        return self._split(self.joined)
+
+    @property
+    def lent(self) -> bool:
+        """Whether ``joined`` lies in a buffer that :meth:`release` would give back."""
+        return self._loan is not None
+
+    def share(self) -> FetchedMemory:
+        """The same memory for somebody else, who releases it too."""
+        if self._loan is not None:
+            self._loan.holders += 1
+        blocks = [
+            block
+            if block.source in ("blocked", "absent")
+            else replace(block, source="batch", ms=0.0)
+            for block in self.report.blocks
+        ]
+        return FetchedMemory(self.joined, FetchReport(blocks), self._split, self._loan)
+
+    def release(self) -> None:
+        """Let the next fetch write where ``joined`` is.
+
+        Only for who knows that **everything that was computed from ``joined`` is evaluated**: what
+        is still lazy would read the next memory. Without it the buffer is freed when the last array
+        that refers to it is gone, which is always safe and only costs the next fetch a new buffer.
+        Calling it again does nothing.
+        """
+        loan, self._loan = self._loan, None
+        if loan is not None:
+            loan.holders -= 1
+            if loan.holders == 0:
+                loan.give_back()
+
+
+@dataclass
+class Loan:
+    """A buffer that is lent to one or more holders of the same memory."""
+
+    give_back: Callable[[], None]
+    holders: int = 1

@@ -1,34 +1,37 @@
 """MemoryBank: an open bank, from which the blocks on a path are fetched.
 
 Notable:
-- One ``preadv`` per level and fetch, straight into a buffer of the block's size. The files
-  are opened once and stay open, and a level file is never read as a whole unless its level is
-  resident.
-- Three tiers: resident levels, a cache of blocks fetched before, the disk. The first two stay
-  under one budget of bytes together.
+- A fetch brings the blocks of all levels into one slot (``slots``), joined as the model wants them:
+  one ``preadv`` per level straight into the memory that is computed from. The files are opened once
+  and stay open.
+- Three tiers (``tiers``): resident levels, a cache of blocks fetched before, the disk. The first
+  two stay under one budget of bytes together.
 - A bank belongs to one thread: MLX arrays are made on the thread that calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from ..errors import FormatError
 from .address import check_cluster, check_level, check_pair, check_path
 from .cache import BlockCache
-from .layout import expected_files
-from .manifest import check_listed, verify_files
+from .fill import Filler, Request, Step
+from .parts import Part
+from .prefetch import Prefetch, Prefetcher
 from .reader import BlockReader
-from .report import BlockReport, FetchedMemory, FetchReport
-from .tiers import plan_tiers
-
-_MLX = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+from .report import BlockReport, FetchedMemory, FetchReport, Loan
+from .slots import GENERIC_KEY, ZEROS, Key, Slot, SlotPool, split
+from .stored import StoredLayout
+from .tiers import Tiers, plan_tiers
+from .verify import verify_bank
 
 
 class MemoryBank:
@@ -38,20 +41,29 @@ class MemoryBank:
         config: the bank's :class:`MemoryConfig`.
         folder: the memory folder.
         revision: the revision of its manifest.
-        memory_budget: bytes that resident and cached blocks may take together.
-        resident_levels: levels that are held in memory as a whole.
+        part: the part of the bank that is open.
+        tiers: what is held in memory, and why.
+        memory_budget: bytes that resident and cached blocks may take together. The buffers that are
+            computed from are not counted: one fetched memory for each in use.
+        uses: how often each block, as (level, cluster), was on a path that was fetched.
     """
 
-    def __init__(self, reader: BlockReader) -> None:
+    def __init__(self, reader: BlockReader, tiers: Tiers, check_blocks: bool = False) -> None:
         self.folder = reader.folder
         self.config = reader.config
         self.revision = reader.manifest.revision
-        self.memory_budget = 0
-        self.resident_levels: tuple[int, ...] = ()
+        self.part = reader.part
+        self.tiers = tiers
+        self.memory_budget = tiers.budget
+        self.uses: Counter[tuple[int, int]] = Counter()
         self._reader = reader
-        self._resident: dict[int, list[mx.array]] = {}  # (rows, s_l) for each shard
-        self._cache = BlockCache(0)
-        self._blocked: set[tuple[int, int]] = set()
+        self._layout = StoredLayout(reader.config)
+        self._filler = Filler(reader, self._layout, check_blocks)
+        self._pool = SlotPool(self._layout)
+        self._prefetcher = Prefetcher(self._filler, self._pool)
+        self._resident: dict[int, dict[int, np.ndarray]] = {}  # level -> shard -> (rows, bytes)
+        self._cache = BlockCache(tiers.cache)
+        self._blocked: set[tuple[int, int]] = set(reader.blocked)
         self._closed = False
 
     # ---- opening and closing -----------------------------------------------------------
@@ -62,59 +74,102 @@ class MemoryBank:
         folder: str | Path,
         *,
         memory_budget: int | None = None,
-        resident: Iterable[int] | None = None,
+        tiers: Mapping[int, str] | str | None = None,
+        folders: Mapping[int, str | Path] | None = None,
+        part: Part | None = None,
         blocked: Iterable[tuple[int, int]] = (),
+        check_blocks: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> MemoryBank:
         """Open the bank in ``folder`` (the ``memory/`` folder of a model).
 
         The config, the manifest, and the size and header of every file are checked; the
-        checksums are not (:meth:`verify` does that).
+        checksums of blocks are not (:meth:`verify` does that, and ``check_blocks``). Nothing is
+        written, so the folder may be on a disk that is read-only.
 
         Args:
             folder: the folder that holds ``config.json`` and ``manifest.json``.
-            memory_budget: bytes that resident and cached blocks may take together. None: 256
-                MiB (or one fetched memory, if larger) of cache beside the resident levels.
-            resident: levels to hold in memory. None: with a budget as many levels from level
-                1 on as fit in half of it; without one level 1 if it has at most 256 MiB.
-            blocked: pairs (level, cluster) that are blocked from the start.
+            memory_budget: bytes that resident and cached blocks may take together; see
+                ``plan_tiers``.
+            tiers: for some levels, or for all, "resident", "cached" or "disk"; see ``plan_tiers``
+                for the others.
+            folders: for levels whose files lie elsewhere (another disk), their folder.
+            part: the part that is wanted; all other blocks are absent and read as zeros.
+            blocked: pairs (level, cluster) that are blocked from the start, beside those that
+                ``blocked.json`` names.
+            check_blocks: compare each block with its checksum when it is first read, and refuse
+                one that holds NaN or infinite numbers. Costs about a millisecond per megabyte,
+                once.
+            progress: called with (bytes in all, bytes read since the call before) while resident
+                levels are read.
 
         Raises:
             FormatError, ConfigError: a file is missing or wrong, or contradicts another one.
             BudgetError: the budget cannot hold the resident levels and one block beside them.
-            PathError: a resident level or a blocked block does not exist.
+            PathError: a level or block that was named does not exist.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FormatError(f"{folder}: no such folder; expected the memory folder of a model")
-        reader = BlockReader(folder)
-        bank = cls(reader)
+        places = {level: _folder(place) for level, place in (folders or {}).items()}
+        reader = BlockReader(_folder(folder), places, part)
+        return cls.of(
+            reader,
+            memory_budget=memory_budget,
+            tiers=tiers,
+            blocked=blocked,
+            check_blocks=check_blocks,
+            progress=progress,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        reader: BlockReader,
+        *,
+        memory_budget: int | None = None,
+        tiers: Mapping[int, str] | str | None = None,
+        blocked: Iterable[tuple[int, int]] = (),
+        check_blocks: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> MemoryBank:
+        """A bank whose files are open already; the rest as :meth:`open`. It closes the reader."""
         try:
-            config = reader.config
-            tiers = plan_tiers(config, memory_budget, resident)
-            bank.memory_budget = tiers.budget
-            bank.resident_levels = tiers.resident
-            bank._cache = BlockCache(tiers.cache)
+            present = _level_bytes(reader)
+            bank = cls(
+                reader, plan_tiers(reader.config, memory_budget, tiers, present), check_blocks
+            )
             for pair in blocked:
                 bank.block(*check_pair(pair))
-            for level in tiers.resident:
-                bank._load_level(level)
+            total = sum(present[level] for level in bank.resident_levels)
+            report = partial(progress, total) if progress else lambda count: None
+            for level in bank.resident_levels:
+                bank._load_level(level, report)
         except BaseException:
-            bank.close()
+            reader.close()
             raise
         return bank
 
-    def _load_level(self, level: int) -> None:
-        shards = range(len(self._reader.shards(level)))
-        arrays = [self._array(self._reader.stored_shard(level, index)) for index in shards]
-        mx.eval(arrays)
-        self._resident[level] = arrays
+    def _load_level(self, level: int, progress: Callable[[int], None]) -> None:
+        held = self._resident[level] = {}
+        for index, shard in enumerate(self._reader.shards(level)):
+            if not self.part.has_shard(self.config, shard):
+                continue
+            rows = self._reader.stored_shard(level, index)
+            held[index] = rows.reshape(len(rows), -1).view(np.uint8)
+            if self._filler.checks:
+                for row, block in enumerate(held[index]):
+                    self._filler.check_stored(level, shard.first + row, [memoryview(block)], block)
+            progress(rows.nbytes)
 
     def close(self) -> None:
         """Close the files and drop the blocks held. A closed bank cannot be used again."""
+        if self._closed:
+            return
         self._closed = True
+        self._prefetcher.close()
+        self._filler.close()
         self._reader.close()
         self._resident.clear()
         self._cache.clear()
+        self._pool.clear()
 
     def __enter__(self) -> MemoryBank:
         return self
@@ -141,53 +196,152 @@ class MemoryBank:
 
         Raises:
             PathError: the path is not one of the tree.
-            FormatError: a file was truncated or cannot be read.
+            FormatError: a file was truncated or cannot be read. The bank can be used on.
         """
-        self._check_open()
-        ids = check_path(self.config, path)
-        return self._collect([(level, ids[level - 1]) for level in self.config.memory_levels])
+        return self._fetch(self._request(path))
+
+    def fetch_many(self, paths: Sequence[Sequence[int]]) -> list[FetchedMemory]:
+        """Fetch the memories of a batch; each distinct block is read once.
+
+        Returns:
+            One memory for each path. Equal paths share one buffer, which is free when all of them
+            were released.
+
+        Raises:
+            as :meth:`fetch`; nothing is kept then.
+        """
+        requests = [self._request(path) for path in paths]
+        places: dict[tuple[int, Key], Slot] = {}
+        unused: list[Slot] = []  # kept until the end, for the blocks that they hold
+        distinct: dict[tuple, FetchedMemory] = {}
+        results: list[FetchedMemory] = []
+        try:
+            for request in requests:
+                name = tuple(request.clusters.values())
+                if name in distinct:
+                    results.append(distinct[name].share())
+                else:
+                    distinct[name], slot = self._fill(request, places)
+                    results.append(distinct[name])
+                    if not distinct[name].lent:
+                        unused.append(slot)
+        except BaseException:
+            for memory in results:
+                memory.release()
+            raise
+        finally:
+            for slot in unused:
+                self._pool.give_back(slot)
+        return results
 
     def generic(self) -> FetchedMemory:
         """The generic memory, in as many blocks as a fetched memory; ``cluster`` is None."""
         self._check_open()
-        return self._collect([(level, None) for level in self.config.memory_levels])
+        levels = self.config.memory_levels
+        keys = dict.fromkeys(levels, GENERIC_KEY)
+        return self._fetch(Request(dict.fromkeys(levels), keys))
 
-    def _collect(self, keys: list[tuple[int, int | None]]) -> FetchedMemory:
-        blocks, reports = [], []
-        for level, cluster in keys:
-            start = perf_counter()
-            block, source = self._block(level, cluster)
-            mx.eval(block)
-            ms = (perf_counter() - start) * 1e3
-            blocked = source == "blocked"
-            nbytes = 0 if blocked else self.config.block_bytes(level)
-            blocks.append(block)
-            reports.append(BlockReport(level, cluster, nbytes, ms, source, blocked))
-        return FetchedMemory(blocks, FetchReport(reports))
+    def prefetch(self, path: Sequence[int]) -> Prefetch:
+        """Begin to read the blocks on ``path`` in the background; the fetch of it finds them there.
 
-    def _block(self, level: int, cluster: int | None) -> tuple[mx.array, str]:
-        size = self.config.block_size(level)
-        if (level, cluster) in self._blocked:
-            return mx.zeros((size,), _MLX[self.config.dtype]), "blocked"
-        if cluster is not None and level in self._resident:
-            shard, row = self._reader.locate(level, cluster)
-            return self._resident[level][shard][row], "resident"
-        block = self._cache.get((level, cluster))
-        if block is not None:
-            return block, "cached"
-        nbytes = self.config.block_bytes(level)
-        keep = nbytes <= self._cache.budget
-        if keep:
+        Memories in use are not touched. One path at a time: a newer prefetch takes the place of an
+        older one, and a fetch of another path cancels it.
+
+        Raises:
+            PathError: the path is not one of the tree.
+        """
+        keys = self._request(path, count=False).keys
+        if (running := self._prefetcher.same(keys)) is not None:
+            return running
+        self._prefetcher.drop()
+        slot = self._pool.take(keys)
+        return self._prefetcher.start(path, keys, slot, self._plan(slot, keys, {}))
+
+    def _request(self, path: Sequence[int], count: bool = True) -> Request:
+        self._check_open()
+        ids = check_path(self.config, path)
+        clusters = {level: ids[level - 1] for level in self.config.memory_levels}
+        keys: dict[int, Key] = {}
+        for level, cluster in clusters.items():
+            self.uses[level, cluster] += count
+            zeros = (level, cluster) in self._blocked or not self._reader.has(level, cluster)
+            keys[level] = ZEROS if zeros else cluster
+        return Request(clusters, keys)
+
+    def _fetch(self, request: Request) -> FetchedMemory:
+        memory, slot = self._fill(request, {})
+        if not memory.lent:
+            self._pool.give_back(slot)
+        return memory
+
+    def _fill(
+        self, request: Request, places: dict[tuple[int, Key], Slot]
+    ) -> tuple[FetchedMemory, Slot]:
+        """Bring a memory into a slot, which the memory lends or, if it does not, nobody uses.
+
+        Args:
+            places: slots that hold blocks of this batch already; grows.
+        """
+        start = perf_counter()
+        ahead = self._prefetcher.claim(request.keys)
+        slot = self._pool.take(request.keys) if ahead is None else ahead.slot
+        try:
+            steps = self._plan(slot, request.keys, places)
+            self._filler.fill(slot, steps)
+            joined = slot.joined()
+        except BaseException:
+            self._pool.give_back(slot)
+            raise
+        for step in steps:
+            if ahead is not None and step.source == "kept" and step.level in ahead.levels:
+                step.source = "prefetched"
+            if step.source == "disk" and self.tiers.of[step.level] != "disk":
+                self._keep(slot, step)
+            places[step.level, step.key] = slot
+        report = FetchReport([self._report(request, step) for step in steps])
+        loan = Loan(partial(self._pool.give_back, slot)) if slot.computed_from else None
+        report.ms = (perf_counter() - start) * 1e3
+        return FetchedMemory(joined, report, partial(split, self._layout), loan), slot
+
+    def _plan(
+        self, slot: Slot, keys: Mapping[int, Key], places: Mapping[tuple[int, Key], Slot]
+    ) -> list[Step]:
+        """How each level's block comes into ``slot``."""
+        steps = []
+        for level, key in keys.items():
+            place = places.get((level, key))
+            if slot.held.get(level) == key:
+                step = Step(level, key, "kept")
+            elif key == ZEROS:
+                step = Step(level, key, "zeros")
+            elif place is not None and place.held.get(level) == key:
+                step = Step(level, key, "batch", place)
+            elif level in self._resident and isinstance(key, int):
+                shard, row = self._reader.locate(level, key)
+                step = Step(level, key, "resident", self._resident[level][shard][row])
+            elif (block := self._cache.get((level, key))) is not None:
+                step = Step(level, key, "cached", block)
+            else:
+                step = Step(level, key, "disk")
+            steps.append(step)
+        return steps
+
+    def _keep(self, slot: Slot, step: Step) -> None:
+        """Hold a block that was read in the cache."""
+        nbytes = self._layout.block_bytes(step.level)
+        if nbytes <= self._cache.budget:
             self._cache.make_room(nbytes)
-        block = self._array(self._reader.stored(level, cluster))
-        mx.eval(block)
-        if keep:
-            self._cache.put((level, cluster), block, nbytes)
-        return block, "disk"
+            block = self._layout.take(slot.bytes, step.level)
+            self._cache.put((step.level, step.key), block, nbytes)
 
-    def _array(self, stored: np.ndarray) -> mx.array:
-        array = mx.array(stored)
-        return array.view(mx.bfloat16) if self.config.dtype == "bfloat16" else array
+    def _report(self, request: Request, step: Step) -> BlockReport:
+        cluster = request.clusters[step.level]
+        if step.key != ZEROS:
+            nbytes = self._layout.block_bytes(step.level)
+            return BlockReport(step.level, cluster, nbytes, step.ms, step.source)
+        blocked = (step.level, cluster) in self._blocked
+        source = "blocked" if blocked else "absent"
+        return BlockReport(step.level, cluster, 0, step.ms, source, blocked)
 
     # ---- blocking ----------------------------------------------------------------------
 
@@ -221,37 +375,50 @@ class MemoryBank:
     # ---- looking -----------------------------------------------------------------------
 
     def verify(self, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
-        """Hash every file of the manifest again.
+        """Read everything again and compare it with the manifest and the checksums of blocks.
 
         Args:
             progress: called with the number of bytes read since the call before.
 
         Returns:
-            For each file ``{"file", "bytes", "sha256", "ok": True}``.
+            For each file of the part that is open ``{"file", "bytes", "sha256", "ok": True}``.
 
         Raises:
-            FormatError: at the first file that is missing or altered, naming it.
+            FormatError: at the first file that is missing or altered, naming it, or at the first
+                block that holds NaN or infinite numbers.
         """
         self._check_open()
-        check_listed(self.folder, self._reader.manifest, expected_files(self.config))
-        return verify_files(self.folder, self._reader.manifest, progress)
+        return verify_bank(self._reader, progress)
+
+    @property
+    def resident_levels(self) -> tuple[int, ...]:
+        """Levels that are held in memory as a whole."""
+        return self.tiers.resident
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the resident and cached blocks."""
-        held = sum(self._level_bytes(level) for level in self.resident_levels)
+        held = sum(rows.nbytes for shards in self._resident.values() for rows in shards.values())
         return held + self._cache.bytes
 
-    def _level_bytes(self, level: int) -> int:
-        return self.config.block_bytes(level) * self.config.clusters(level)
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the files of the part that is open, as the manifest lists them."""
+        return sum(self._reader.manifest.files[name].bytes for name in self._reader.listed)
+
+    @property
+    def slots_made(self) -> int:
+        """How many buffers for a fetched memory were made so far."""
+        return self._pool.made
 
     def inspect(self) -> dict[str, Any]:
         """What the bank is, and a table with one row per level, as a mapping for JSON."""
         self._check_open()
         config = self.config
+        present = _level_bytes(self._reader)
         table = []
         for level, rank in enumerate(config.ranks, 1):
-            resident = "resident" if level in self.resident_levels else "disk"
+            here = bool(rank) and self.part.has_level(level)
             table.append(
                 {
                     "level": level,
@@ -259,10 +426,13 @@ class MemoryBank:
                     "rank": rank,
                     "block_size": config.block_size(level),
                     "block_bytes": config.block_bytes(level),
-                    "total_bytes": self._level_bytes(level),
+                    "total_bytes": config.block_bytes(level) * config.clusters(level),
+                    "present_bytes": present.get(level, 0),
                     "dtype": config.dtype,
                     "shards": len(self._reader.shards(level)) if rank else 0,
-                    "tier": resident if rank else "none",
+                    "tier": self.tiers.of[level] if here else ("absent" if rank else "none"),
+                    "why": self.tiers.why[level] if here else "",
+                    "folder": str(self._reader.place(level)),
                     "blocked": sum(one == level for one, _ in self._blocked),
                 }
             )
@@ -272,9 +442,30 @@ class MemoryBank:
             "format_version": config.format_version,
             "kind": config.kind,
             "branching": config.branching,
+            "quantization": None if config.packing is None else config.packing.to_dict(),
             "fetch_size": config.fetch_size(),
+            "fetch_bytes": self._layout.nbytes,
             "bank_size": config.bank_size(),
+            "bank_bytes": sum(row["total_bytes"] for row in table),
             "memory_budget": self.memory_budget,
             "bytes_held": self.bytes_held,
+            "blocked": [list(pair) for pair in sorted(self._blocked)],
             "levels": table,
         }
+
+
+def _folder(place: str | Path) -> Path:
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder; expected the memory folder of a model")
+    return folder
+
+
+def _level_bytes(reader: BlockReader) -> dict[int, int]:
+    """Bytes of the blocks of each level that are in the part that is open."""
+    config = reader.config
+    return {
+        level: config.block_bytes(level)
+        * sum(shard.rows for shard in reader.shards(level) if reader.part.has_shard(config, shard))
+        for level in config.memory_levels
+    }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FormatError, InputError
 from .options import add_model_arguments, load_model
-from .tables import show_fetch, show_speed
+from .tables import show_fetch, show_speed, show_tiers
 
 if TYPE_CHECKING:
     from ..engine import MemoryLM, Response
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(to_dict(answer, pieces[-1]), ensure_ascii=False))
         return 0
     _, last = write(pieces)
-    print(f"{show_fetch(last)}\n{show_speed(last)}", file=sys.stderr)
+    held = [show_tiers(lm.bank)] if args.tier or args.memory_budget else []
+    print("\n".join([show_fetch(last), *held, show_speed(last)]), file=sys.stderr)
     return 0
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 
 if TYPE_CHECKING:
+    from ..bank.store import MemoryBank
     from ..engine import MemoryLM
 
 #: The model that ships with the package.
@@ -20,7 +24,34 @@ for _power, _letter in enumerate("kmgt", 1):
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--bank`` and ``--memory-budget``, which :func:`load_model` reads."""
+    """Add what :func:`load_model` and :func:`open_bank` read: the model, its bank, and how the
+    bank is held."""
+    add_bank_arguments(parser)
+    group = parser.add_argument_group("how the bank is held")
+    group.add_argument(
+        "--memory-budget",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="bytes that resident and cached blocks may take together, such as 2GB or 512MiB; "
+        "shallow levels are placed first",
+    )
+    group.add_argument(
+        "--tier",
+        type=parse_tier,
+        action="append",
+        default=[],
+        metavar="LEVEL=TIER",
+        help="hold a level so: resident, cached or disk; may be given for each level",
+    )
+    group.add_argument(
+        "--check-blocks",
+        action="store_true",
+        help="compare each block with its checksum when it is first read",
+    )
+
+
+def add_bank_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`memory_folder` and :func:`bank_files` read: where the files are."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -28,14 +59,69 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="model folder, name of a model that ships, or Hub repository (default: %(default)s)",
     )
     parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of the Hub repository"
+    )
+    group = parser.add_argument_group("the memory bank")
+    group.add_argument(
         "--bank", metavar="FOLDER", help="memory folder, if it is not memory/ of the model folder"
     )
-    parser.add_argument(
-        "--memory-budget",
-        type=parse_bytes,
-        metavar="SIZE",
-        help="bytes that resident and cached blocks may take together, such as 2GB or 512MiB",
+    group.add_argument(
+        "--level-folder",
+        type=parse_level_folder,
+        action="append",
+        default=[],
+        metavar="LEVEL=FOLDER",
+        help="the files of a level lie in another folder, such as on an external disk",
     )
+    group.add_argument(
+        "--levels",
+        type=parse_numbers,
+        metavar="L,L",
+        help="only these levels, such as 1,2; the others read as zeros and are not downloaded",
+    )
+    group.add_argument(
+        "--subtrees",
+        type=parse_numbers,
+        metavar="C,C",
+        help="only what is below these clusters of level 1, such as 0,3",
+    )
+
+
+def parse_tier(text: str) -> tuple[int, str]:
+    """A level and its tier, ``2=cached``.
+
+    Raises:
+        InputError: the text is no such pair.
+    """
+    level, name = _pair("--tier", text, "LEVEL=TIER, such as 2=cached")
+    return level, name
+
+
+def parse_level_folder(text: str) -> tuple[int, str]:
+    """A level and the folder of its files, ``3=/mnt/disk/memory``.
+
+    Raises:
+        InputError: the text is no such pair.
+    """
+    return _pair("--level-folder", text, "LEVEL=FOLDER, such as 3=/mnt/disk/memory")
+
+
+def _pair(option: str, text: str, expected: str) -> tuple[int, str]:
+    found = re.fullmatch(r"\s*(\d{1,9})\s*=\s*(\S.*)", text, re.ASCII)
+    if not found:
+        raise InputError(f"{option}: {text[:40]!r} is none; give {expected}")
+    return int(found[1]), found[2].strip()
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between, ``1,2``.
+
+    Raises:
+        InputError: the text is no such list.
+    """
+    if not re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", text, re.ASCII):
+        raise InputError(f"{text[:40]!r}: expected numbers with commas between, such as 1,2")
+    return tuple(int(one) for one in text.split(","))
 
 
 def parse_bytes(text: str) -> int:
@@ -61,8 +147,82 @@ def load_model(args: argparse.Namespace) -> MemoryLM:
     """Open the model that the options of :func:`add_model_arguments` name.
 
     Raises:
-        ConfigError, FormatError, BudgetError: as :func:`mlx_hiermem.load`.
+        ConfigError, FormatError, BudgetError, PathError: as :func:`mlx_hiermem.load`.
     """
-    from ..engine import load  # imports mlx-lm, which --help can do without
+    from ..loading import load  # imports mlx-lm, which --help can do without
 
-    return load(args.model, bank=args.bank, memory_budget=args.memory_budget)
+    with _reading() as progress:
+        return load(
+            args.model,
+            bank=args.bank,
+            memory_budget=args.memory_budget,
+            revision=args.revision,
+            tiers=dict(args.tier),
+            folders=dict(args.level_folder),
+            levels=args.levels,
+            subtrees=args.subtrees,
+            check_blocks=args.check_blocks,
+            progress=progress,
+        )
+
+
+def memory_folder(args: argparse.Namespace) -> Path:
+    """The memory folder that ``--bank`` or ``--model`` names.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if args.bank is not None:
+        return Path(args.bank).expanduser()
+    from ..bank.parts import Part
+    from ..models import find_model
+
+    return find_model(args.model, args.revision, Part.of(args.levels, args.subtrees)) / "memory"
+
+
+def open_bank(args: argparse.Namespace) -> MemoryBank:
+    """Open the bank alone that the options of :func:`add_model_arguments` name.
+
+    With those of :func:`add_bank_arguments` alone no level is held in memory.
+
+    Raises:
+        ConfigError, FormatError, BudgetError, PathError: as ``MemoryBank.open``.
+    """
+    from ..bank.parts import Part
+    from ..bank.store import MemoryBank
+
+    holding = hasattr(args, "memory_budget")
+    with _reading() as progress:
+        return MemoryBank.open(
+            memory_folder(args),
+            memory_budget=args.memory_budget if holding else None,
+            tiers=dict(args.tier) if holding else "disk",
+            folders=dict(args.level_folder),
+            part=Part.of(args.levels, args.subtrees),
+            check_blocks=holding and args.check_blocks,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for resident levels, which is there only if they take two seconds."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def progress(total: int, count: int) -> None:
+        if not bars:
+            bars.append(
+                tqdm(
+                    total=total, unit="B", unit_scale=True, desc="resident levels",
+                    leave=False, disable=None, delay=2,
+                )
+            )  # fmt: skip
+        bars[0].update(count)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars:
+            bar.close()

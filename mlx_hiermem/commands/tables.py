@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..bank.store import MemoryBank
     from ..engine import Response
     from ..routing.tree import ClusterPath
 
@@ -49,6 +50,12 @@ def show_fetch(last: Response) -> str:
         for block in last.fetch.blocks
     ]
     return f"{head}\n{table(('level', 'cluster', 'bytes', 'ms', 'source', 'blocked'), rows)}"
+
+
+def show_tiers(bank: MemoryBank) -> str:
+    """Where each level is held, and why, on one line."""
+    levels = (f"{level} {tier} ({bank.tiers.why[level]})" for level, tier in bank.tiers.of.items())
+    return f"levels: {'; '.join(levels)}; {bank.bytes_held:,} of {bank.memory_budget:,} bytes held"
 
 
 def show_speed(last: Response) -> str:

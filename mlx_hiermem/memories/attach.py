@@ -97,6 +97,10 @@ class MemoryModel(nn.Module):
         """Join the levels' blocks, (..., s_l) each, to a memory (..., L, 3, R, d)."""
         return ffn.join(blocks, len(self._memory_layers), self._width)
 
+    def shaped(self, joined: mx.array) -> mx.array:
+        """A fetched memory (fetch_size,) as one for a call or a prompt cache, (1, L, 3, R, d)."""
+        return ffn.shaped(joined[None], len(self._memory_layers), self._width)
+
     def matrices(self, memory: mx.array) -> ffn.Matrices:
         """A joined memory matrix by matrix.
 

@@ -36,6 +36,11 @@ def join(blocks: Sequence[mx.array], layers: int, width: int) -> mx.array:
     )
 
 
+def shaped(joined: mx.array, layers: int, width: int) -> mx.array:
+    """A joined memory as a bank gives it, (..., numbers), as (..., L, 3, R, d); no copy."""
+    return joined.reshape(*joined.shape[:-1], layers, 3, -1, width)
+
+
 def matrices(memory: mx.array) -> Matrices:
     """A joined memory (B, L, 3, R, d) layer by layer: M1, M2 and M3 as (B, R, d)."""
     return [tuple(memory[:, layer, part] for part in range(3)) for layer in range(memory.shape[1])]

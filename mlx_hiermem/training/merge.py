@@ -18,19 +18,22 @@ from typing import Any
 import numpy as np
 
 from ..anchors import load_anchor
+from ..bank.checksums import CHECKSUMS
 from ..bank.dtypes import to_storage
 from ..bank.files import find
 from ..bank.header import build_header
-from ..bank.layout import CONFIG, GENERIC, GENERIC_TENSOR, shards, write_shard
+from ..bank.layout import CONFIG, GENERIC, GENERIC_TENSOR, shards
 from ..bank.manifest import MANIFEST, FileEntry, write_manifest
 from ..bank.reader import BlockReader
+from ..bank.verify import compute_digests
+from ..bank.writer import write_shard
 from ..config import MemoryConfig
 from ..errors import TrainingError
 from ..files import AtomicFile
+from ..folders import anchor_files, check_new, copy_file, model_folder
 from ..memories import GENERIC as GENERIC_CLUSTER
 from ..memories import start_block
 from .agreement import Progress, check_anchor, find_routing, fingerprint, open_results
-from .export import anchor_files, check_new, copy_file, model_folder
 from .subtree import SubtreeResult, read_rows
 
 
@@ -119,6 +122,12 @@ def merge(
             with AtomicFile(memory, name) as file:
                 file.write(data)
             known[name] = FileEntry(file.size, file.sha256)
+        write_manifest(memory, known)
+        reader = BlockReader(memory)
+        try:
+            known[CHECKSUMS] = compute_digests(reader).write(memory)
+        finally:
+            reader.close()
         revision = write_manifest(memory, known).revision
     return MergeReport(
         folder=str(out),

@@ -12,12 +12,12 @@ import numpy as np
 from mlx_lm.utils import save_model
 from tqdm import tqdm
 
-from ..bank.layout import write_bank
+from ..bank.writer import write_bank
 from ..config import MemoryConfig
 from ..corpus.folder import Corpus
 from ..errors import FormatError
+from ..folders import anchor_files, copy_file, model_folder
 from ..memories import GENERIC
-from .export import anchor_files, copy_file, model_folder
 from .rows import BankRows
 from .setup import Start
 from .subtree import write_subtree

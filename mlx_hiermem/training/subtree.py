@@ -25,8 +25,9 @@ import numpy as np
 from ..bank.dtypes import STORAGE
 from ..bank.files import find, hash_file, open_file, read_text
 from ..bank.header import Header, read_header
-from ..bank.layout import BLOCKS, Shard, check_header, shards, write_shard
+from ..bank.layout import BLOCKS, Shard, check_header, shards
 from ..bank.manifest import FileEntry
+from ..bank.writer import write_shard
 from ..config import MemoryConfig
 from ..errors import ConfigError, FormatError
 from ..files import AtomicFile, sync_folder

@@ -26,7 +26,7 @@ def response(memory="fetched", path=(3, 50), blocks=BLOCKS, text=" 72") -> Respo
         token=1,
         memory=memory,
         path=ClusterPath(path, ()) if path else None,
-        fetch=FetchReport(blocks),
+        fetch=FetchReport(blocks, ms=sum(block.ms for block in blocks)),
         prompt_tokens=7,
         prompt_tps=100.0,
         generation_tokens=2,

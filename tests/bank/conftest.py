@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_hiermem.bank.dtypes import to_storage
-from mlx_hiermem.bank.layout import write_bank
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import MemoryConfig
 
 

@@ -190,7 +190,7 @@ def _set(entry, key, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("blocks", "dtype", "I8"), "blocks is 'I8', expected one of BF16, F16, F32"),
+        (_set("blocks", "dtype", "I8"), "blocks is 'I8', expected one of BF16, F16, F32, U8"),
         (_set("blocks", "dtype", ["BF16"]), "expected one of BF16"),
         (_set("blocks", "shape", [2, -48]), "not lists of sizes"),
         (_set("blocks", "shape", [2, True]), "not lists of sizes"),
@@ -328,7 +328,7 @@ def test_snapshot_of_the_hub_cache(bank, tmp_path):
         (snapshot / path.name).symlink_to(f"../../../blobs/{number}")
     with MemoryBank.open(snapshot) as opened:
         opened.fetch((1, 3))
-        assert len(opened.verify()) == 5
+        assert len(opened.verify()) == 6
     (snapshot / SHARD).unlink()
     (snapshot / SHARD).symlink_to(bank.folder / SHARD)
     _refused(snapshot, "outside of the folder")

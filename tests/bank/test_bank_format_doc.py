@@ -12,6 +12,8 @@ import pytest
 
 from mlx_hiermem.bank.dtypes import from_storage
 from mlx_hiermem.bank.layout import expected_files
+from mlx_hiermem.bank.quantize import quantize_bank
+from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.config import MemoryConfig
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -54,3 +56,36 @@ def test_every_key_of_the_config_is_in_the_document(bank):
         assert f"`{key}`" in text
     for name in expected_files(bank.config):
         assert re.sub(r"\d+", "", name)[:5] in text
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantised_block_is_what_the_document_says(tmp_path, make, bits):
+    """Unpacked by the words of docs/format.md, in NumPy alone."""
+    config = make.config((3, 2), 2, "float32", hidden=64)
+    written = make.bank(tmp_path / "plain", config)
+    quantize_bank(tmp_path / "plain", tmp_path / "packed", bits, group_size=32)
+    name, level, cluster, rank = "level-2-00001-of-00002.safetensors", 2, 3, 2
+    data = (tmp_path / "packed" / name).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    rows, size = header["blocks"]["shape"]
+    assert header["blocks"]["dtype"] == "U8" and rows == 2
+    block = data[8 + length + size : 8 + length + 2 * size]  # cluster 3 is row 1
+    matrices, d, groups = 2 * 3, 64, 2
+    packed = matrices * rank * d * bits // 8
+    words = np.frombuffer(block[:packed], "<u4").reshape(matrices, rank, -1)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = (words[..., None] >> shifts) & (2**bits - 1)
+    scales, biases = (
+        np.frombuffer(part, "<f4").reshape(matrices, rank, groups, 1)
+        for part in (
+            block[packed : packed + 4 * matrices * rank * groups],
+            block[packed + 4 * matrices * rank * groups :],
+        )
+    )
+    numbers = scales * codes.reshape(matrices, rank, groups, 32) + biases
+    with MemoryBank.open(tmp_path / "packed") as bank:
+        fetched = np.array(bank.fetch((1, cluster)).blocks[1])
+    np.testing.assert_allclose(numbers.reshape(-1), fetched, rtol=1e-6, atol=1e-6)
+    error = np.abs(fetched - written.stored[level][cluster]).max()
+    assert 0 < error < 6 / 2**bits

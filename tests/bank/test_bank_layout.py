@@ -15,9 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mlx_hiermem.bank import files, layout
-from mlx_hiermem.bank.layout import expected_files, shards, write_bank
+from mlx_hiermem.bank import files, layout, writer
+from mlx_hiermem.bank.checksums import CHECKSUMS
+from mlx_hiermem.bank.dtypes import to_storage
+from mlx_hiermem.bank.layout import expected_files, shards
 from mlx_hiermem.bank.store import MemoryBank
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.errors import ConfigError, FormatError
 
 ANCHOR_160M = {
@@ -118,12 +121,12 @@ def test_a_stream_of_any_chunks_writes_the_same_bank(make, tmp_path_factory, cut
     folder = tmp_path_factory.mktemp("bank")
     rows = make.rows(config)
     revision = write_bank(folder / "whole", config, rows, make.generic(config))
-    source = layout.to_storage(rows[3], "bfloat16") if stored else rows[3]
+    source = to_storage(rows[3], "bfloat16") if stored else rows[3]
     stream = (chunk for chunk in np.split(source, sorted(cuts)))
     levels = {1: rows[1], 3: stream}
     assert write_bank(folder / "stream", config, levels, make.generic(config)) == revision
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "_CHUNK_BYTES", 5 * 4 * config.block_size(3))  # not a shard's rows
+        patch.setattr(writer, "_CHUNK_BYTES", 5 * 4 * config.block_size(3))  # not a shard's rows
         assert write_bank(folder / "again", config, rows, make.generic(config)) == revision
 
 
@@ -149,7 +152,8 @@ def test_manifest_lists_what_is_there_and_the_revision_follows(tmp_path, make):
     written = make.bank(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["format_version"] == 1
-    expected = {*expected_files(written.config), "tree.safetensors", "encoder/model.safetensors"}
+    others = {CHECKSUMS, "tree.safetensors", "encoder/model.safetensors"}
+    expected = {*expected_files(written.config), *others}
     assert set(manifest["files"]) == expected
     lines = ""
     for name in sorted(expected):
@@ -179,7 +183,7 @@ def test_each_file_is_synced_then_renamed_and_the_manifest_is_last(tmp_path, mak
     assert steps.pop(0) == "folder"  # an older manifest would be gone by now
     assert steps[::3] == ["file"] * (len(steps) // 3)
     assert steps[2::3] == ["folder"] * (len(steps) // 3)
-    assert set(steps[1::3]) == {*expected_files(written.config), "manifest.json"}
+    assert set(steps[1::3]) == {*expected_files(written.config), CHECKSUMS, "manifest.json"}
     assert steps[-2] == "manifest.json"
 
 
@@ -238,7 +242,8 @@ def test_files_of_a_bank_of_another_shape_go(tmp_path, make):
     (tmp_path / "notes.txt").write_text("stays")
     config = make.config((2, 0), 2)
     make.bank(tmp_path, config)
-    assert set(_names(tmp_path)) == {*expected_files(config), "manifest.json", "notes.txt"}
+    expected = {*expected_files(config), CHECKSUMS, "manifest.json", "notes.txt"}
+    assert set(_names(tmp_path)) == expected
 
 
 def _wrong(make, kind):

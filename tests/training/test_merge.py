@@ -18,10 +18,11 @@ from mlx_hiermem import cli
 from mlx_hiermem.anchors import load_anchor
 from mlx_hiermem.bank import layout
 from mlx_hiermem.bank.reader import BlockReader
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import FormatError, HierMemError, InputError, TrainingError
+from mlx_hiermem.folders import anchor_files, model_folder
 from mlx_hiermem.memories import GENERIC, start_block
-from mlx_hiermem.training.export import anchor_files, model_folder
 from mlx_hiermem.training.fingerprints import anchor_sha256, tree_sha256
 from mlx_hiermem.training.merge import merge
 from mlx_hiermem.training.subtree import FILE, write_subtree
@@ -115,7 +116,7 @@ def test_several_shards_of_a_subtree_and_of_level_1(tmp_path, monkeypatch):
     generic = np.concatenate([reader.stored(level, None) for level in (1, 2, 3)])
     reader.close()
     monkeypatch.setattr(layout, "MAX_SHARD_SIZE", 2 * config.block_size(1))
-    layout.write_bank(model / "memory", config, rows, generic)
+    write_bank(model / "memory", config, rows, generic)
     assert (model / "memory" / "level-1-00001-of-00002.safetensors").exists()
     runs = write_results(model, tmp_path)
     assert len(list((runs[0] / "subtree").glob("level-3-*"))) == 3

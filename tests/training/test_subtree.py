@@ -14,7 +14,7 @@ import pytest
 from mlx_hiermem.anchors import load_anchor
 from mlx_hiermem.bank import layout
 from mlx_hiermem.bank.dtypes import to_storage
-from mlx_hiermem.bank.layout import write_bank
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import ConfigError, FormatError
 from mlx_hiermem.memories import attach

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from importlib import import_module
-from pathlib import Path
 from typing import Any
+
+from ..options import memory_folder  # noqa: F401
 
 #: Every action with its one-line summary, in the order of ``--help``.
 ACTIONS = {
     "inspect": "show what a bank holds, level by level",
     "verify": "read every file of a bank and compare it with the manifest",
+    "push": "publish a model with its bank on the Hub",
+    "quantize": "write a bank again in fewer bits",
+    "block": "switch blocks off, for everybody who opens the bank",
+    "unblock": "switch blocks on again",
+    "checksums": "give a bank the checksums of its blocks",
 }
 
 
@@ -29,15 +35,6 @@ def run(args: argparse.Namespace) -> int:
     report = args.report(args)
     print(json.dumps(report, indent=2) if args.json else args.to_text(report))
     return 0
-
-
-def memory_folder(args: argparse.Namespace) -> Path:
-    """The memory folder that ``--bank`` or ``--model`` names."""
-    if args.bank is not None:
-        return Path(args.bank).expanduser()
-    from ...models import find_model
-
-    return find_model(args.model) / "memory"
 
 
 def progress_bytes(total: int, description: str) -> Any:

@@ -5,31 +5,28 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..options import add_model_arguments
+from ..options import add_bank_arguments, open_bank
 from ..tables import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_bank_arguments(parser)
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """``{"folder", "revision", "ok": True, "bytes", "files": [{"file", "bytes", "sha256", "ok"}]}``
 
     Raises:
-        FormatError: at the first file that is missing or altered.
+        FormatError: at the first file that is missing or altered, or the first block that holds
+            NaN or infinite numbers.
     """
-    from ...bank.manifest import read_manifest
-    from ...bank.store import MemoryBank
-    from . import memory_folder, progress_bytes
+    from . import progress_bytes
 
-    folder = memory_folder(args)
-    with MemoryBank.open(folder, memory_budget=args.memory_budget, resident=()) as bank:
-        total = sum(entry.bytes for entry in read_manifest(folder).files.values())
-        with progress_bytes(total, "verify") as bar:
+    with open_bank(args) as bank:
+        with progress_bytes(bank.bytes_on_disk, "verify") as bar:
             files = bank.verify(progress=bar.update)
         return {
-            "folder": str(folder),
+            "folder": str(bank.folder),
             "revision": bank.revision,
             "ok": True,
             "bytes": sum(file["bytes"] for file in files),

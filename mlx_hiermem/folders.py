@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FormatError, InputError
-from ..files import AtomicFile, sync_folder
+from .errors import FormatError, InputError
+from .files import AtomicFile, sync_folder
 
 _CHUNK = 1 << 22
 #: The files of an anchor's folder, as patterns of their names: weights, and everything else.

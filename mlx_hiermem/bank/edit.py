@@ -1,0 +1,244 @@
+"""BankEdit: changes to a bank that come into force together, or not at all (``journal``).
+
+Files that change are written anew, whole: what readers have open stays as it was. So one block
+    costs
+the writing of its level file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import FormatError
+from ..files import AtomicFile
+from . import journal
+from .address import check_cluster, check_level, check_pair
+from .blocked import BLOCKED, blocked_bytes
+from .checksums import CHECKSUMS, Digests, write_checksums
+from .manifest import MANIFEST, FileEntry, Manifest, manifest_bytes, revision_of
+from .reader import BlockReader
+
+# Rows are copied in pieces of about this size.
+_CHUNK_BYTES = 1 << 26
+
+
+class BankEdit:
+    """An edit of the bank in ``folder``. A context manager: it commits on leaving without an error.
+
+        with BankEdit(folder) as edit:
+            edit.set_blocked({(1, 3)})
+        edit.revision
+
+    Args:
+        folder: the memory folder; all files of the bank lie in it.
+        progress: called with (bytes to write in all, bytes written since the call before).
+        step: called with a word before each step of the commit; for tests.
+
+    Attributes:
+        reader: the bank as it is before the edit.
+        revision: of the bank; after the commit the new one.
+
+    Raises:
+        FormatError: the bank is damaged, another process edits it, or it cannot be written. Nothing
+            has changed then.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        progress: Callable[[int, int], None] | None = None,
+        step: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder = Path(folder).expanduser()
+        self._progress = progress or (lambda total, count: None)
+        self._step = step or (lambda name: None)
+        self._rows: dict[tuple[int, int], dict[int, memoryview]] = {}  # (level, shard) -> row
+        self._blocked: frozenset[tuple[int, int]] | None = None
+        self._digests: Digests | None = None
+        self._lock = -1
+
+    def __enter__(self) -> BankEdit:
+        try:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise FormatError(
+                f"{self.folder}: cannot be opened ({error.strerror}); expected the memory folder "
+                "of a model"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise FormatError(
+                f"{self.folder}: another process is editing the bank; wait for it"
+            ) from None
+        try:
+            journal.apply(self.folder)  # an edit that was killed after its commit
+            self._clear()
+            self.reader = BlockReader(self.folder)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.config = self.reader.config
+        self.revision = self.reader.manifest.revision
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._commit()
+            else:
+                self._clear()
+        finally:
+            self.reader.close()
+            os.close(self._lock)
+
+    # ---- what is to change -------------------------------------------------------------
+
+    def replace_blocks(self, level: int, blocks: Mapping[int, np.ndarray | bytes]) -> None:
+        """Replace stored blocks.
+
+        Args:
+            blocks: by cluster the stored bytes, or an array of the storage dtype, (stored_size,).
+
+        Raises:
+            PathError: there is no such block.
+            FormatError: a block has another size.
+        """
+        level = check_level(self.config, level)
+        for cluster, block in blocks.items():
+            cluster = check_cluster(self.config, level, cluster)
+            stored = memoryview(np.ascontiguousarray(block) if _is_array(block) else block)
+            size = self.config.block_bytes(level)
+            if stored.nbytes != size:
+                raise FormatError(
+                    f"{self.folder}: block {cluster} of level {level} is given as {stored.nbytes} "
+                    f"bytes, expected {size}"
+                )
+            index, row = self.reader.locate(level, cluster)
+            self._rows.setdefault((level, index), {})[row] = stored.cast("B")
+
+    def set_blocked(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Set which blocks are blocked, as pairs (level, cluster).
+
+        Raises:
+            PathError: there is no such block.
+        """
+        checked = []
+        for pair in pairs:
+            level, cluster = check_pair(pair)
+            level = check_level(self.config, level)
+            checked.append((level, check_cluster(self.config, level, cluster)))
+        self._blocked = frozenset(checked)
+
+    def set_checksums(self, digests: Digests) -> None:
+        """Give the bank checksums of its blocks, which have to be those that it has now."""
+        self._digests = digests
+
+    # ---- the commit --------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        changed: dict[str, FileEntry] = {}
+        try:
+            self._check_space()
+            self._step("write")
+            for (level, index), rows in self._rows.items():
+                shard = self.reader.shards(level)[index]
+                changed[shard.name] = self._write(shard.name, self._shard(level, index, rows))
+            changed |= self._changed_checksums()
+            if self._blocked is not None and self._blocked != self.reader.blocked:
+                changed[BLOCKED] = self._write(BLOCKED, [blocked_bytes(self._blocked)])
+            changed = {
+                name: entry
+                for name, entry in changed.items()
+                if entry != self.reader.manifest.files.get(name)
+            }
+            if not changed:
+                self._clear()
+                return
+            files = dict(sorted({**self.reader.manifest.files, **changed}.items()))
+            manifest = Manifest(files, revision_of(files))
+            self._write(MANIFEST, [manifest_bytes(manifest)])
+            self._step("journal")
+            journal.commit(self.folder, [*changed, MANIFEST])
+        except BaseException:
+            self._clear()
+            raise
+        self.revision = manifest.revision
+        self._step("apply")
+        journal.apply(self.folder)
+        self._clear()
+        self._step("done")
+
+    def _check_space(self) -> None:
+        sizes = [self.reader.manifest.files[name].bytes for name in self._names()]
+        free = shutil.disk_usage(self.folder).free
+        self._total = sum(sizes)
+        if free < self._total + (1 << 20):
+            raise FormatError(
+                f"{self.folder}: the edit writes {self._total:,} bytes, and {free:,} are free; "
+                "make room on the disk"
+            )
+
+    def _names(self) -> list[str]:
+        return [self.reader.shards(level)[index].name for level, index in self._rows]
+
+    def _write(self, name: str, chunks: Iterable[bytes | memoryview]) -> FileEntry:
+        with AtomicFile(self.folder, journal.PREFIX + name) as file:
+            for chunk in chunks:
+                file.write(chunk)
+                self._progress(self._total, memoryview(chunk).nbytes)
+        return FileEntry(file.size, file.sha256)
+
+    def _shard(
+        self, level: int, index: int, rows: Mapping[int, memoryview]
+    ) -> Iterator[memoryview]:
+        """A level file with other rows, as a stream."""
+        shard = self.reader.shards(level)[index]
+        yield memoryview(self.reader.head(level, index))
+        size = self.config.block_bytes(level)
+        step = max(1, _CHUNK_BYTES // size)
+        for first in range(0, shard.rows, step):
+            for row in range(first, min(first + step, shard.rows)):
+                if row in rows:
+                    yield rows[row]
+                else:
+                    yield memoryview(self.reader.stored(level, shard.first + row)).cast("B")
+
+    def _changed_checksums(self) -> dict[str, FileEntry]:
+        if self._digests is not None:
+            arrays = self._digests.arrays()
+        elif self.reader.checksums is not None and self._rows:
+            known = self.reader.checksums
+            names = [*(f"level{level}" for level in self.config.memory_levels), "generic"]
+            arrays = {name: bytearray(known[name].tobytes()) for name in names}
+        else:
+            return {}
+        for (level, index), rows in self._rows.items():
+            first = self.reader.shards(level)[index].first
+            for row, stored in rows.items():
+                at = 32 * (first + row)
+                arrays[f"level{level}"][at : at + 32] = hashlib.sha256(stored).digest()
+        return {CHECKSUMS: write_checksums(self.folder, arrays, journal.PREFIX + CHECKSUMS)}
+
+    def _clear(self) -> None:
+        """Remove what an edit that did not commit has left."""
+        if os.path.lexists(self.folder / journal.JOURNAL):
+            return
+        try:
+            journal.discard(self.folder)
+        except OSError as error:
+            raise FormatError(
+                f"{self.folder}: cannot be edited ({error.strerror}); the folder has to be writable"
+            ) from None
+
+
+def _is_array(block: np.ndarray | bytes) -> bool:
+    return isinstance(block, np.ndarray)

@@ -1,0 +1,90 @@
+"""Loading a model with its memory bank: the folder, what must belong together, and the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from .anchors import load_anchor, load_anchor_tokenizer
+from .bank.parts import Part
+from .bank.store import MemoryBank
+from .engine import MemoryLM
+from .errors import ConfigError
+from .memories import attach
+from .models import find_model
+from .routing.encoder import load_encoder
+from .routing.tree import ClusterTree
+
+
+def load(
+    path_or_repo: str | Path,
+    bank: str | Path | None = None,
+    memory_budget: int | None = None,
+    revision: str | None = None,
+    *,
+    tiers: Mapping[int, str] | str | None = None,
+    folders: Mapping[int, str | Path] | None = None,
+    levels: Iterable[int] | None = None,
+    subtrees: Iterable[int] | None = None,
+    check_blocks: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MemoryLM:
+    """Load an anchor with its memory bank.
+
+    Args:
+        path_or_repo: a model folder, the name of a model that ships ("atlas"), or a Hub repository.
+        bank: the memory folder, when it is not ``memory/`` in the model folder.
+        memory_budget: bytes that resident and cached blocks may take.
+        revision: of the Hub repository: a branch, a tag or a commit.
+        tiers, folders, check_blocks, progress: see ``MemoryBank.open``.
+        levels, subtrees: the part of the bank that is wanted; of a Hub repository only the files of
+            that part are downloaded. All other blocks read as zeros.
+
+    Raises:
+        ConfigError, FormatError, BudgetError, PathError: something is missing, damaged, unknown, or
+            does not fit.
+    """
+    part = Part.of(levels, subtrees)
+    folder = find_model(path_or_repo, revision, part)
+    memory_folder = folder / "memory" if bank is None else Path(bank)
+    if not memory_folder.is_dir():
+        raise ConfigError(
+            f"{memory_folder}: no such folder; expected a memory bank; name one with bank "
+            "(--bank), or use mlx_lm for a model without memories"
+        )
+    store = MemoryBank.open(
+        memory_folder,
+        memory_budget=memory_budget,
+        tiers=tiers,
+        folders=folders,
+        part=part,
+        check_blocks=check_blocks,
+        progress=progress,
+    )
+    try:
+        anchor, config = load_anchor(folder)
+        tokenizer = load_anchor_tokenizer(folder, config)
+        tree = ClusterTree.load(memory_folder / "tree.safetensors")
+        if (tree.branching, tree.levels) != (store.config.branching, store.config.levels):
+            raise ConfigError(
+                f"{memory_folder / 'tree.safetensors'}: branching {tree.branching}, levels "
+                f"{tree.levels}; config.json says {store.config.branching} and "
+                f"{store.config.levels}; they do not belong together, download the bank again"
+            )
+        encoder = load_encoder(
+            store.config.encoder, folder=memory_folder, anchor=anchor, tokenizer=tokenizer
+        )
+        if encoder.width != tree.width:
+            raise ConfigError(
+                f"{memory_folder / 'tree.safetensors'}: grown on vectors {tree.width} wide, the "
+                f"encoder of config.json gives {encoder.width}; they do not belong together, "
+                "download the bank again"
+            )
+        try:
+            model = attach(anchor, store.config)
+        except ConfigError as error:
+            raise ConfigError(f"{memory_folder}: {error}") from None
+        return MemoryLM(model, tokenizer, store, tree, encoder, config)
+    except BaseException:
+        store.close()
+        raise
