@@ -146,13 +146,14 @@ class MemoryConfig:
 
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ConfigError(
-                f"memory config: format_version is {_shown(self.format_version)}; this "
-                f"version of mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
+                f"memory config: format_version is {_shown(self.format_version)}; this version of "
+                f"mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
             )
         integers("ranks", 0)
         if not any(self.ranks):
             raise ConfigError(
-                f"memory config: ranks is {_shown(list(self.ranks))}; at least one level needs a rank > 0"
+                f"memory config: ranks is {_shown(list(self.ranks))}; at least one level needs a "
+                "rank > 0"
             )
         if self.levels == 0:
             object.__setattr__(self, "levels", len(self.ranks))
@@ -173,8 +174,8 @@ class MemoryConfig:
         self._one_of("dtype", DTYPE_BYTES)
         if not isinstance(self.encoder, Mapping) or self.encoder.get("type") not in ENCODER_TYPES:
             raise ConfigError(
-                f"memory config: encoder is {_shown(self.encoder)}; expected an object whose type is "
-                f"one of {', '.join(ENCODER_TYPES)}"
+                f"memory config: encoder is {_shown(self.encoder)}; expected an object whose type "
+                f"is one of {', '.join(ENCODER_TYPES)}"
             )
         if self.quantization is not None:
             try:
@@ -185,8 +186,8 @@ class MemoryConfig:
             integers("layers", 0)
             if not self.layers or list(self.layers) != sorted(set(self.layers)):
                 raise ConfigError(
-                    f"memory config: layers is {_shown(list(self.layers))}; expected ascending layer "
-                    "indices without repeats, or null for all layers"
+                    f"memory config: layers is {_shown(list(self.layers))}; expected ascending "
+                    "layer indices without repeats, or null for all layers"
                 )
         if self.base_anchor is not None:
             if not isinstance(self.base_anchor, Mapping) or "shape" not in self.base_anchor:

@@ -1,11 +1,15 @@
-"""The memory bank on disk and in memory: its format, how it is written and how it is fetched.
+"""The memory bank on disk and in memory: its format, how it is written, held, fetched and changed.
 
-A path is a sequence of integers and a block is a 1-D array here; what the numbers of a block
-mean is known to ``memories`` alone, and where a path comes from to ``routing`` alone.
+A path is a sequence of integers and a block is bytes here; what the numbers of a block mean is
+known to ``memories`` alone, and where a path comes from to ``routing`` alone.
 
-- ``layout``: which files a bank has and how they are written (NumPy only);
+- ``layout``, ``header``, ``manifest``, ``checksums``, ``blocked``: which files a bank has and what
+  each holds; ``writer`` writes them, ``reader`` reads them (NumPy only);
+- ``stored``: how the bytes of a block lie; ``slots``: buffers that a fetch fills and the model
+  computes from; ``fill``: what brings a block there; ``prefetch``: the same, ahead of time;
+- ``tiers``, ``cache``: what is held in memory;
 - ``store``: :class:`~mlx_hiermem.bank.store.MemoryBank`, which fetches;
-- ``manifest``, ``header``, ``files``, ``dtypes``, ``cache``, ``report``: their parts.
+- ``verify``, ``quantize``, ``journal``, ``edit``: what is done to a whole bank.
 
-The format itself is told in ``docs/format.md``.
+The format is told in ``docs/format.md``, the store in ``docs/bank.md``.
 """

@@ -110,10 +110,13 @@ def unpack(raw: mx.array, layout: StoredLayout) -> mx.array:
         parts.setdefault(strip.part, []).append(part.reshape(strip.count * layout.rank, -1))
     # All parts are cut at the same matrices, because equal widths give equal bytes in each.
     options = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
-    numbers = [
-        mx.dequantize(*matrices, **options, dtype=dtype).reshape(-1)
-        for matrices in zip(*(parts[part] for part in sorted(parts)), strict=True)
-    ]
+    numbers = []
+    for matrices in zip(*(parts[part] for part in sorted(parts)), strict=True):
+        rows = len(matrices[0])
+        if matrices[1].size % 2 and packing.mode == "nvfp4":
+            # MLX on a CPU unpacks nvfp4 by two groups: a row more, and they are even.
+            matrices = [mx.concatenate([part, part[-1:]]) for part in matrices]
+        numbers.append(mx.dequantize(*matrices, **options, dtype=dtype)[:rows].reshape(-1))
     return numbers[0] if len(numbers) == 1 else mx.concatenate(numbers)
 
 

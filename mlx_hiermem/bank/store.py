@@ -24,6 +24,7 @@ from ..errors import FormatError
 from .address import check_cluster, check_level, check_pair, check_path
 from .cache import BlockCache
 from .fill import Filler, Request, Step
+from .inspect import describe, level_bytes
 from .parts import Part
 from .prefetch import Prefetch, Prefetcher
 from .reader import BlockReader
@@ -132,7 +133,7 @@ class MemoryBank:
     ) -> MemoryBank:
         """A bank whose files are open already; the rest as :meth:`open`. It closes the reader."""
         try:
-            present = _level_bytes(reader)
+            present = level_bytes(reader)
             bank = cls(
                 reader, plan_tiers(reader.config, memory_budget, tiers, present), check_blocks
             )
@@ -412,46 +413,9 @@ class MemoryBank:
         return self._pool.made
 
     def inspect(self) -> dict[str, Any]:
-        """What the bank is, and a table with one row per level, as a mapping for JSON."""
+        """What the bank is, and a table with one row per level; see ``inspect.describe``."""
         self._check_open()
-        config = self.config
-        present = _level_bytes(self._reader)
-        table = []
-        for level, rank in enumerate(config.ranks, 1):
-            here = bool(rank) and self.part.has_level(level)
-            table.append(
-                {
-                    "level": level,
-                    "clusters": config.clusters(level),
-                    "rank": rank,
-                    "block_size": config.block_size(level),
-                    "block_bytes": config.block_bytes(level),
-                    "total_bytes": config.block_bytes(level) * config.clusters(level),
-                    "present_bytes": present.get(level, 0),
-                    "dtype": config.dtype,
-                    "shards": len(self._reader.shards(level)) if rank else 0,
-                    "tier": self.tiers.of[level] if here else ("absent" if rank else "none"),
-                    "why": self.tiers.why[level] if here else "",
-                    "folder": str(self._reader.place(level)),
-                    "blocked": sum(one == level for one, _ in self._blocked),
-                }
-            )
-        return {
-            "folder": str(self.folder),
-            "revision": self.revision,
-            "format_version": config.format_version,
-            "kind": config.kind,
-            "branching": config.branching,
-            "quantization": None if config.packing is None else config.packing.to_dict(),
-            "fetch_size": config.fetch_size(),
-            "fetch_bytes": self._layout.nbytes,
-            "bank_size": config.bank_size(),
-            "bank_bytes": sum(row["total_bytes"] for row in table),
-            "memory_budget": self.memory_budget,
-            "bytes_held": self.bytes_held,
-            "blocked": [list(pair) for pair in sorted(self._blocked)],
-            "levels": table,
-        }
+        return describe(self._reader, self.tiers, self._blocked, self.bytes_held)
 
 
 def _folder(place: str | Path) -> Path:
@@ -459,13 +423,3 @@ def _folder(place: str | Path) -> Path:
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder; expected the memory folder of a model")
     return folder
-
-
-def _level_bytes(reader: BlockReader) -> dict[int, int]:
-    """Bytes of the blocks of each level that are in the part that is open."""
-    config = reader.config
-    return {
-        level: config.block_bytes(level)
-        * sum(shard.rows for shard in reader.shards(level) if reader.part.has_shard(config, shard))
-        for level in config.memory_levels
-    }

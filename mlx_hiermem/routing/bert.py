@@ -287,7 +287,7 @@ def _find(model: str, revision: str | None, folder: Path) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the Hub client raises many kinds: network, missing, gated, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ConfigError(
             f"encoder: {model} cannot be fetched from the Hub ({reason[:200]}); check the "
             "network, or give a folder that holds the model"
@@ -315,7 +315,7 @@ def _load_weights(network: Bert, path: Path) -> None:
     try:
         weights = Bert.sanitize(mx.load(str(path)))
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:120]
         raise FormatError(f"{path}: not a readable safetensors file ({reason})") from None
     expected = dict(tree_flatten(network.parameters()))
     missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
@@ -345,5 +345,5 @@ def _load_tokenizer(source: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a bad or missing file
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:120]
         raise FormatError(f"{source}: its tokenizer cannot be read ({reason[:200]})") from None
