@@ -252,6 +252,11 @@ def open_rows(
 
         return BankRows(config, start, state, budget)
     reader = BlockReader(memory)
+    if reader.config.packing is not None:
+        raise TrainingError(
+            f"{memory}: the bank is quantised ({reader.config.packing}); go on from the one that "
+            "it was made from, or give --fresh-memory to start another"
+        )
     for name in ("kind", "ranks", "branching", "layers", "encoder"):
         theirs, ours = getattr(reader.config, name), getattr(config, name)
         if theirs != ours:

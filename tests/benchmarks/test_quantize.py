@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from tqdm import tqdm
 
-from benchmarks import fetch_bank, quantize
+from benchmarks import fetch_bank, quantize, quantize_banks
 from benchmarks.harness import main
 from mlx_hiermem import cli, load
 from mlx_hiermem.bank.quantize import quantize_bank
@@ -40,7 +40,7 @@ def large(tmp_path):
     """Banks of the smoke run's size, for all quantisations."""
     config = fetch_bank.make_config(fetch_bank.SMOKE, (8, 4, 2, 0), 3)
     fetch_bank.write_random_bank(tmp_path / "whole", config, "bank")
-    return quantize.make_banks(tmp_path / "whole", tmp_path)
+    return quantize_banks.make_banks(tmp_path / "whole", tmp_path)
 
 
 def run(*arguments):
@@ -70,7 +70,7 @@ def test_the_figures_are_those_of_the_model(model, tmp_path, memory, packed):
 
 def test_the_banks_are_as_large_as_they_say(large):
     base, banks = large
-    assert base == "bf16" and list(banks) == ["bf16", *quantize.VARIANTS]
+    assert base == "bf16" and list(banks) == ["bf16", *quantize_banks.VARIANTS]
     per_row = {  # of 32 numbers, bytes; affine with scale and bias in bfloat16
         "bf16": 64, "8-bit": 36, "4-bit": 20, "3-bit": 16, "2-bit": 12, "mxfp4": 17, "nvfp4": 18,
     }  # fmt: skip
@@ -86,7 +86,7 @@ def test_the_banks_are_as_large_as_they_say(large):
 
 def test_every_fetch_reads_all_blocks(large):
     for bank in large[1].values():
-        fetches = quantize.Fetches(bank)
+        fetches = quantize_banks.Fetches(bank)
         for _ in range(7):
             report = fetches.bank.fetch(fetches.path()).report
             assert report.bytes_read == bank.fetch_bytes
@@ -97,7 +97,7 @@ def test_every_fetch_reads_all_blocks(large):
 
 def test_the_two_halves_of_a_fetch(large, monkeypatch):
     bank = large[1]["4-bit"]
-    reading, reads, preadv = quantize.Reading(bank), [], os.preadv
+    reading, reads, preadv = quantize_banks.Reading(bank), [], os.preadv
 
     def counted(*arguments):
         reads.append(preadv(*arguments))
@@ -131,7 +131,7 @@ def test_a_smoke_run_has_every_row_and_leaves_nothing(model, tmp_path, capsys):
     }  # fmt: skip
     assert {id for id in rows if "160M" in id} == {
         f"quantize.160M.{figure}@{name}"
-        for name in quantize.VARIANTS
+        for name in quantize_banks.VARIANTS
         for figure in ("warm", "cold", "read", "unpack")
     }
     assert all(row["value"] > 0 and row["detail"] for row in rows.values())
