@@ -16,6 +16,7 @@ import random
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         fetch_bank.write_random_bank(model / "memory", config, "hierarchical bank")
         flat_config = fetch_bank.flat_config(config, anchor, blocks)
         fetch_bank.write_random_bank(flat, flat_config, "flat bank")
+        os.sync()
+        time.sleep(0 if smoke else 10)  # the disk goes on with what was written
         rounds = 3 if smoke else 15
         yield from against_pread(model / "memory", config, rounds)
         yield from fetch_figure.rows(model / "memory", flat, media, rounds, args.png)
