@@ -11,6 +11,7 @@ Notable:
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -420,6 +421,6 @@ class MemoryBank:
 
 def _folder(place: str | Path) -> Path:
     folder = Path(place).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, not an error, where the disk has gone
         raise FormatError(f"{folder}: no such folder; expected the memory folder of a model")
     return folder

@@ -381,6 +381,36 @@ def test_a_file_that_cannot_be_read_ends_one_request_only(deep, monkeypatch, wai
         np.testing.assert_array_equal(_numbers(memory.joined), _joined(deep, (0, 0, 1)))
 
 
+def test_a_disk_that_answers_everything_with_an_error(deep, monkeypatch):
+    """As a disk that was pulled out does: not even a name is found or missing."""
+
+    def failing(call):
+        def fail(path, *arguments, **options):
+            if str(path).startswith(str(deep.folder)):
+                raise OSError(5, "Input/output error", str(path))
+            return call(path, *arguments, **options)
+
+        return fail
+
+    with MemoryBank.open(deep.folder, tiers=DISK) as bank:
+        expected = _numbers(bank.fetch((0, 0, 1)).joined)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("stat", "lstat", "open", "readlink", "listdir"):
+                patch.setattr(os, name, failing(getattr(os, name)))
+            patch.setattr(os, "preadv", failing_read)
+            for _ in range(3):
+                with pytest.raises(FormatError, match="cannot be read") as error:
+                    bank.fetch((0, 0, 1))
+                assert "\n" not in str(error.value)
+            with pytest.raises(FormatError):
+                MemoryBank.open(deep.folder)
+        np.testing.assert_array_equal(_numbers(bank.fetch((0, 0, 1)).joined), expected)
+
+
+def failing_read(*_):
+    raise OSError(5, "Input/output error")
+
+
 def test_what_a_failed_read_has_overwritten_is_read_again(deep):
     path = deep.folder / "level-3-00000-of-00003.safetensors"
     size = deep.config.block_bytes(3)
