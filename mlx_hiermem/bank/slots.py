@@ -34,7 +34,7 @@ class Slot:
     Attributes:
         bytes: its memory, (nbytes,) uint8, writable, by any thread.
         held: for each level what its rows hold; a level that is being written is not in it.
-        leases: how many fetched memories refer to it.
+        shares: whether MLX sees what is written to ``bytes``; else :meth:`joined` copies.
     """
 
     def __init__(self, layout: StoredLayout) -> None:
@@ -42,8 +42,8 @@ class Slot:
         self._raw = mx.zeros((layout.nbytes,), mx.uint8)
         mx.eval(self._raw)
         self.held: dict[int, Key] = {}
-        self.leases = 0
         self._pieces: dict[int, list[memoryview]] = {}
+        self._view = self._raw if layout.config.packing is not None else self._numbers()
         self.shares = False
         self.bytes = np.zeros(0, np.uint8)
         try:
@@ -53,16 +53,18 @@ class Slot:
             pass  # this backend's memory cannot be seen from outside
         if not self.shares:
             self.bytes = np.zeros(layout.nbytes, np.uint8)
-        self._view = None if layout.config.packing is not None else self._numbers()
 
     def _check_shares(self) -> bool:
-        """Whether MLX sees what is written to ``bytes``."""
+        """Whether what is computed from sees what is written to ``bytes``, at both ends."""
         if not self.bytes.flags.writeable:
             return False
-        self.bytes[-1] = 0xA5
-        seen = self._raw[-1].item() == 0xA5
-        self.bytes[-1] = 0
-        return seen
+        seen = []
+        for end in (0, -1):
+            self.bytes[end] = 0xA5
+            number = self._view[:1] if end == 0 else self._view[-1:]
+            seen.append(number.view(mx.uint8)[end].item() == 0xA5)
+            self.bytes[end] = 0
+        return all(seen)
 
     def _numbers(self) -> mx.array:
         view = self._raw.view(_MLX[self._layout.config.dtype])
@@ -76,8 +78,7 @@ class Slot:
         return self._pieces[level]
 
     def joined(self) -> mx.array:
-        """The joined memory (fetch_size,) in the bank's dtype, matrix after matrix, each (R,
-        width).
+        """The joined memory (fetch_size,) in the bank's dtype: matrix after matrix, (R, width) each.
 
         A view of the slot where the bank is not quantised and the backend shares memory; otherwise
         an array of its own, evaluated, after which the slot may be given back at once.
