@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 
 import mlx.core as mx
@@ -11,11 +12,11 @@ import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 
 from mlx_hiermem import load
+from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.errors import FormatError, InputError
 from tests.tiny import make_tiny_model
 
 TEXTS = ["the gold of the north", "a city by the sea", "iron gates", "who wrote the book of kings?"]
-SOURCES = ("kept", "prefetched", "resident", "disk", "cached", "batch")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,7 @@ def test_lazy_readers_left_by_an_error_see_their_own_memory(lm):
             np.testing.assert_array_equal(np.array(ours), theirs)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # MLX's streams
 def test_a_stream_that_another_thread_closes_keeps_its_buffer(lm, answers):
     stream = lm.stream(TEXTS[0], max_tokens=12)
     next(stream)
@@ -213,10 +215,6 @@ def test_prefetch_after_an_answer_that_was_stopped(lm):
 def test_a_block_of_nan_is_told_and_not_answered_with(tmp_path, folder):
     lm = load(folder)
     config, memory = lm.bank.config, tmp_path / "memory"
-    import shutil
-
-    from mlx_hiermem.bank.writer import write_bank
-
     shutil.copytree(folder / "memory", memory)
     levels = {
         level: np.full((config.clusters(level), config.block_size(level)), np.nan, np.float32)

@@ -78,7 +78,7 @@ class Slot:
         return self._pieces[level]
 
     def joined(self) -> mx.array:
-        """The joined memory (fetch_size,) in the bank's dtype: matrix after matrix, (R, width) each.
+        """The joined memory (fetch_size,) in the bank's dtype, matrix after matrix.
 
         A view of the slot where the bank is not quantised and the backend shares memory; otherwise
         an array of its own, evaluated, after which the slot may be given back at once.
