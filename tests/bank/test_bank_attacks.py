@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_hiermem import cli
 from mlx_hiermem.bank.layout import shards
 from mlx_hiermem.bank.manifest import write_manifest
-from mlx_hiermem.bank.parts import Part
 from mlx_hiermem.bank.quantize import quantize_bank
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.bank.stored import StoredLayout
 from mlx_hiermem.config import MemoryConfig
-from mlx_hiermem.errors import BudgetError, ConfigError, FormatError, HierMemError, PathError
-from tests.bank.mutations import LONGEST, redo_checksums, reseal, split, state
+from mlx_hiermem.errors import ConfigError, FormatError
+from tests.bank.attacking import bank_commands, command, open_refused, refused, verify
+from tests.bank.mutations import redo_checksums, reseal, split
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -65,46 +62,6 @@ def tiny(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("attacks") / "tiny")
 
 
-@contextmanager
-def _refused(folder, message, kind=FormatError):
-    """What is in it fails with one line that matches, and leaves the folder as it was."""
-    before = state(folder)
-    with pytest.raises(HierMemError) as error:
-        yield
-    text = str(error.value)
-    assert type(error.value) is kind, repr(error.value)
-    assert re.search(message, text), text
-    assert text.isprintable() and len(text) < LONGEST, text
-    assert state(folder) == before
-
-
-def _open(folder, message, kind=FormatError, **options):
-    with _refused(folder, message, kind):
-        MemoryBank.open(folder, **options)
-
-
-def _verify(folder, message):
-    with MemoryBank.open(folder, tiers="disk") as opened, _refused(folder, message):
-        opened.verify()
-
-
-def _command(capsys, folder, message, *arguments):
-    """A command that has to fail with code 2 and one line, and to leave the folder as it was."""
-    before = state(folder)
-    capsys.readouterr()
-    assert cli.main([*arguments]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert re.fullmatch(r"mlx_hiermem: error: [^\n]+\n", printed.err), printed.err
-    assert re.search(message, printed.err), printed.err
-    assert state(folder) == before
-
-
-def _bank_commands(capsys, folder, message, *actions):
-    for action in actions or ("inspect", "verify"):
-        _command(capsys, folder, message, "bank", action, "--bank", str(folder))
-
-
 def _swap(one, other):
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
@@ -126,8 +83,8 @@ def test_swapped_shards(bank, capsys, names, message, sealed):
     _swap(*(bank.folder / name for name in names))
     if sealed:
         reseal(bank.folder, list(names))
-    _open(bank.folder, message)
-    _bank_commands(capsys, bank.folder, message)
+    open_refused(bank.folder, message)
+    bank_commands(capsys, bank.folder, message)
 
 
 def test_swapped_shards_whose_headers_and_manifest_were_mended(bank, capsys):
@@ -139,11 +96,11 @@ def test_swapped_shards_whose_headers_and_manifest_were_mended(bank, capsys):
         (bank.folder / name).write_bytes(data)
     reseal(bank.folder, [LEVEL1, FIRST])
     message = "block [01] of level [12] was altered: its sha256 is not that of checksums.saf"
-    _verify(bank.folder, message)
-    _bank_commands(capsys, bank.folder, message, "verify")
-    _open(bank.folder, message, check_blocks=True)  # level 1 is read at once
+    verify(bank.folder, message)
+    bank_commands(capsys, bank.folder, message, "verify")
+    open_refused(bank.folder, message, check_blocks=True)  # level 1 is read at once
     with MemoryBank.open(bank.folder, check_blocks=True, tiers="disk") as opened:
-        with _refused(bank.folder, message):
+        with refused(bank.folder, message):
             opened.fetch((0, 0))
         opened.generic()  # and the bank can be used on
 
@@ -152,11 +109,11 @@ def test_shard_of_another_bank(bank, capsys, tmp_path, make):
     other = make.bank(tmp_path / "other", bank.config, seed=5)
     shutil.copyfile(other.folder / SECOND, bank.folder / SECOND)
     # Sizes and headers are the same: opening does not read the blocks.
-    _verify(bank.folder, f"{SECOND}: altered: sha256 is")
-    _bank_commands(capsys, bank.folder, f"{SECOND}: altered", "verify")
+    verify(bank.folder, f"{SECOND}: altered: sha256 is")
+    bank_commands(capsys, bank.folder, f"{SECOND}: altered", "verify")
     with MemoryBank.open(bank.folder, check_blocks=True) as opened:
         opened.fetch((0, 1))
-        with _refused(bank.folder, "memory: block 3 of level 2 was altered"):
+        with refused(bank.folder, "memory: block 3 of level 2 was altered"):
             opened.fetch((1, 3))
         opened.fetch((0, 0))
         opened.block(2, 3)
@@ -176,7 +133,7 @@ def test_check_blocks_on_the_command_line(tiny, tmp_path, capsys):
         if number % 3 == 0:
             message = f"block {number} of level 2 was altered"
             generate = ("generate", "--model", str(folder), "--check-blocks", *arguments)
-            _command(capsys, folder, message, *generate)
+            command(capsys, folder, message, *generate)
 
 
 @pytest.mark.parametrize("same_config", [True, False])
@@ -187,18 +144,18 @@ def test_manifest_of_another_revision(bank, capsys, tmp_path, make, same_config)
     write_manifest(other.folder)
     shutil.copyfile(other.folder / "manifest.json", bank.folder / "manifest.json")
     message = "altered: sha256 is|changed: .* manifest.json says|truncated: .* manifest.json says"
-    _open(bank.folder, message)
-    _bank_commands(capsys, bank.folder, message)
+    open_refused(bank.folder, message)
+    bank_commands(capsys, bank.folder, message)
 
 
 def test_two_names_for_one_file(bank):
     (bank.folder / SECOND).unlink()
     os.link(bank.folder / FIRST, bank.folder / SECOND)
     reseal(bank.folder, [SECOND])
-    _open(bank.folder, f"{SECOND}: its metadata says first_cluster '0', its name '2'")
+    open_refused(bank.folder, f"{SECOND}: its metadata says first_cluster '0', its name '2'")
     (bank.folder / SECOND).unlink()
     (bank.folder / SECOND).symlink_to(FIRST)
-    _open(bank.folder, f"{SECOND}: its metadata says first_cluster '0', its name '2'")
+    open_refused(bank.folder, f"{SECOND}: its metadata says first_cluster '0', its name '2'")
 
 
 # ---- headers and numbers that lie ------------------------------------------------------
@@ -212,8 +169,8 @@ def test_header_that_lies_about_its_length(bank, capsys, name, length):
         length += int.from_bytes(data[:8], "little")
     (bank.folder / name).write_bytes(length.to_bytes(8, "little") + data[8:])
     reseal(bank.folder, [name])
-    _open(bank.folder, rf"{name}: ", check_blocks=True)
-    _bank_commands(capsys, bank.folder, rf"{name}: ", "verify")
+    open_refused(bank.folder, rf"{name}: ", check_blocks=True)
+    bank_commands(capsys, bank.folder, rf"{name}: ", "verify")
 
 
 @pytest.mark.parametrize("shape", [[2**63, 384], [2**63 - 1, 384], [2, 2**63], [2**32, 2**31]])
@@ -226,8 +183,8 @@ def test_header_that_claims_2_to_the_63(bank, capsys, name, shape):
     text = json.dumps(table).encode()
     (bank.folder / name).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
     reseal(bank.folder, [name])
-    _open(bank.folder, f"{name}: ", check_blocks=True)
-    _bank_commands(capsys, bank.folder, f"{name}: ", "verify")
+    open_refused(bank.folder, f"{name}: ", check_blocks=True)
+    bank_commands(capsys, bank.folder, f"{name}: ", "verify")
 
 
 @pytest.mark.parametrize(
@@ -262,8 +219,8 @@ def test_config_that_claims_2_to_the_63(bank, capsys, change):
     message = r"config\.json"
     with pytest.raises((ConfigError, FormatError)) as error:
         MemoryBank.open(bank.folder)
-    _open(bank.folder, message, type(error.value))
-    _bank_commands(capsys, bank.folder, message)
+    open_refused(bank.folder, message, type(error.value))
+    bank_commands(capsys, bank.folder, message)
 
 
 def _poke(config, folder, level, cluster, part, value):
@@ -321,15 +278,15 @@ def test_blocks_that_are_not_finite(tmp_path, make, capsys, dtype, mode, part, v
     _poke(made.config, folder, 2, cluster, part, value)
     what = "the generic memory's block" if cluster is None else "block 2"
     message = f"{folder.name}: {what} of level 2 holds NaN or infinite numbers"
-    _verify(folder, message)
-    _bank_commands(capsys, folder, message, "verify")
+    verify(folder, message)
+    bank_commands(capsys, folder, message, "verify")
     with MemoryBank.open(folder, check_blocks=True) as opened:
         opened.fetch((0, 0))
-        with _refused(folder, message):
+        with refused(folder, message):
             opened.generic() if cluster is None else opened.fetch((1, 2))
         opened.fetch((0, 1))
     if mode is None:
-        with _refused(folder, "holds NaN or infinite numbers"):
+        with refused(folder, "holds NaN or infinite numbers"):
             quantize_bank(folder, tmp_path / "again", 4)
 
 
@@ -337,11 +294,11 @@ def test_quantize_of_nan_leaves_nothing(tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny, tmp_path / "tiny")
     config = MemoryConfig.load(folder / "memory" / "config.json")
     _poke(config, folder / "memory", 2, 8, 0, np.float32("nan").tobytes())
-    command = ["bank", "quantize", "--model", str(folder), "--mlx-path", str(tmp_path / "out")]
-    _command(capsys, folder, "of level 2 holds NaN or infinite numbers", *command)
+    arguments = ["bank", "quantize", "--model", str(folder), "--mlx-path", str(tmp_path / "out")]
+    command(capsys, folder, "of level 2 holds NaN or infinite numbers", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-    command[-1] = str(folder)
-    _command(capsys, folder, "exists already", *command)
+    arguments[-1] = str(folder)
+    command(capsys, folder, "exists already", *arguments)
 
 
 # ---- what is not a file of the folder --------------------------------------------------
@@ -398,8 +355,8 @@ def test_what_is_not_a_file_of_the_folder(bank, capsys, tmp_path, name, kind):
     else:
         (bank.folder / name).rename(outside)
     make_it(bank.folder / name, outside)
-    _open(bank.folder, rf"{name}: {message}")
-    _bank_commands(capsys, bank.folder, message, "verify")
+    open_refused(bank.folder, rf"{name}: {message}")
+    bank_commands(capsys, bank.folder, message, "verify")
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
@@ -414,9 +371,9 @@ def test_what_is_not_a_file_in_the_folder_of_a_level(bank, capsys, tmp_path, kin
         opened.fetch((1, 3))
     (disk / SECOND).rename(outside)
     make_it(disk / SECOND, outside)
-    _open(bank.folder, f"disk/{SECOND}: {message}", folders={2: disk})
+    open_refused(bank.folder, f"disk/{SECOND}: {message}", folders={2: disk})
     options = ["--level-folder", f"2={disk}"]
-    _command(capsys, disk, message, "bank", "inspect", "--bank", str(bank.folder), *options)
+    command(capsys, disk, message, "bank", "inspect", "--bank", str(bank.folder), *options)
 
 
 def test_a_tree_that_is_a_link_out(tiny, tmp_path, capsys):
@@ -425,127 +382,4 @@ def test_a_tree_that_is_a_link_out(tiny, tmp_path, capsys):
     tree.rename(tmp_path / "tree")
     tree.symlink_to(tmp_path / "tree")
     generate = ["generate", "--model", str(folder), "--prompt", "gold"]
-    _command(capsys, folder, "tree.safetensors: is a link to .*, outside", *generate)
-
-
-# ---- what is asked of a bank -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "budget",
-    [0, -1, 1, -(10**30), 1.5, 1e30, float("nan"), float("inf"), "2GB", "", True, [1], b"1"],
-)
-def test_budgets_that_hold_nothing(bank, budget):
-    _open(bank.folder, "memory budget: ", BudgetError, memory_budget=budget)
-
-
-def test_budgets_that_hold_all(bank):
-    for budget in (10**30, np.int64(10**12), None):
-        with MemoryBank.open(bank.folder, memory_budget=budget) as opened:
-            opened.fetch((1, 3))
-    with MemoryBank.open(bank.folder, memory_budget=0, tiers="disk") as opened:
-        opened.fetch((1, 3))
-        assert opened.bytes_held == 0
-
-
-@pytest.mark.parametrize("budget", ["0", "-1", "1", "nan", "inf", "1e9", "", "2 XB", "9" * 5000])
-def test_budgets_on_the_command_line(bank, capsys, budget):
-    inspect = ["bank", "inspect", "--bank", str(bank.folder), f"--memory-budget={budget}"]
-    _command(capsys, bank.folder, "a number of bytes|memory budget: 1 bytes cannot hold", *inspect)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ((0, 0, 0), "has 3 ids, expected 2"),
-        ((0,), "has 1 ids, expected 2"),
-        ((), "has 0 ids, expected 2"),
-        ((2, 4), "cluster '2' of level 1 does not exist; its clusters are 0 to 1"),
-        ((0, 8), "cluster '8' of level 2 does not exist"),  # of a tree with branching 3
-        ((0, 2), "cluster 2 of level 2 is not a child of cluster 0 of level 1"),
-        ((1, 1), "is not a child of cluster 1 of level 1; its children are 2 to 3"),
-        ((-1, -1), "cluster '-1' of level 1 does not exist"),
-        ((0.0, 1), "cluster '0.0' of level 1"),
-        ((False, 1), "cluster 'False' of level 1"),
-        ((None, None), "cluster 'None' of level 1"),
-        (("0", "1"), "cluster '0' of level 1"),
-        (([0], [1]), r"cluster '\[0\]' of level 1"),
-        ("01", "cluster path '01': expected 2 cluster ids"),
-        (b"\0\1", "expected 2 cluster ids"),
-        (None, "cluster path 'None': expected 2 cluster ids"),
-        (7, "cluster path '7': expected 2 cluster ids"),
-        (np.zeros((2, 2), int), "cluster '.0 0.' of level 1"),
-        ((2**63, 0), "cluster '9223372036854775808' of level 1"),
-    ],
-)
-def test_paths_of_another_tree(bank, path, message):
-    with MemoryBank.open(bank.folder) as opened:
-        for ask in (opened.fetch, opened.prefetch, lambda path: opened.fetch_many([(0, 0), path])):
-            with _refused(bank.folder, message, PathError):
-                ask(path)
-        assert opened.fetch((1, 3)).report.blocks[1].cluster == 3
-
-
-def test_paths_on_the_command_line(tiny, capsys):
-    for path, message in (
-        ("1,3,9", "has 3 ids, expected 2"),
-        ("3,9", "cluster '3' of level 1 does not exist"),
-        ("0,3", "cluster 3 of level 2 is not a child of cluster 0"),
-        ("0,99999999999999999999", "does not exist|too large"),
-        ("0,-1", "is no cluster path"),
-        ("0;1", "is no cluster path"),
-    ):
-        arguments = ["--model", str(tiny), "--prompt", "gold", f"--path={path}"]
-        _command(capsys, tiny, message, "generate", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        (Part(levels=(3,)), "level '3' has no memory; levels with memory are 1, 2"),
-        (Part(levels=(0,)), "level '0' has no memory"),
-        (Part(levels=(2**63,)), "level '9223372036854775808' has no memory"),
-        (Part(levels=("1",)), "level '1' has no memory"),
-        (Part(subtrees=(2,)), "cluster '2' of level 1 does not exist; its clusters are 0 to 1"),
-        (Part(subtrees=(-1,)), "cluster '-1' of level 1 does not exist"),
-        (Part(subtrees=(0.0,)), "cluster '0.0' of level 1 does not exist"),
-    ],
-)
-def test_parts_that_are_not_there(bank, part, message):
-    _open(bank.folder, message, PathError, part=part)
-
-
-def test_parts_on_the_command_line(bank, capsys):
-    for options, message in (
-        (["--levels", "3"], "level '3' has no memory"),
-        (["--levels", "1,x"], "expected numbers with commas between"),
-        (["--levels", "9" * 5000], "expected numbers with commas between"),
-        (["--subtrees", "2"], "cluster '2' of level 1 does not exist"),
-        (["--level-folder", f"3={bank.folder}"], "folder of level 3: the bank has memory at"),
-        (["--level-folder", "2=/no/such/folder"], "/no/such/folder: no such folder"),
-        (["--level-folder", "two"], "--level-folder: 'two' is none"),
-    ):
-        inspect = ["bank", "inspect", "--bank", str(bank.folder)]
-        _command(capsys, bank.folder, message, *inspect, *options)
-
-
-def test_a_part_whose_files_are_missing(bank, tmp_path):
-    part = Part(subtrees=(1,))
-    (bank.folder / FIRST).unlink()
-    with MemoryBank.open(bank.folder, part=part) as opened:
-        opened.fetch((1, 3))
-        opened.verify()
-    _open(bank.folder, f"{FIRST}: no such file")
-    (bank.folder / SECOND).unlink()
-    _open(bank.folder, f"{SECOND}: no such file", part=part)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    _open(bank.folder, f"disk/{SECOND}: no such file", part=part, folders={2: disk})
-
-
-def test_folders_of_levels_that_are_not_there(bank, tmp_path):
-    for level in (0, 3, 2**63, "2"):
-        message = f"folder of level {level}: the bank has memory at levels 1, 2 only"
-        _open(bank.folder, message, ConfigError, folders={level: tmp_path})
-    _open(bank.folder, "none: no such folder", folders={2: tmp_path / "none"})
-    _open(bank.folder, "no such folder", folders={2: bank.folder / LEVEL1})
+    command(capsys, folder, "tree.safetensors: is a link to .*, outside", *generate)
