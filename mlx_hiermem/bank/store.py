@@ -265,7 +265,8 @@ class MemoryBank:
         clusters = {level: ids[level - 1] for level in self.config.memory_levels}
         keys: dict[int, Key] = {}
         for level, cluster in clusters.items():
-            self.uses[level, cluster] += count
+            if count:
+                self.uses[level, cluster] += 1
             zeros = (level, cluster) in self._blocked or not self._reader.has(level, cluster)
             keys[level] = ZEROS if zeros else cluster
         return Request(clusters, keys)

@@ -282,6 +282,7 @@ def test_prefetch_is_found_by_the_fetch(deep):
     with MemoryBank.open(deep.folder, tiers=DISK) as bank, counted() as reads:
         ahead = bank.prefetch((1, 3, 10))
         assert bank.prefetch((1, 3, 10)) is ahead
+        assert not bank.uses
         assert ahead.wait(10) and ahead.done
         assert len(reads) == 3
         fetched = bank.fetch((1, 3, 10))
