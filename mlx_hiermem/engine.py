@@ -39,6 +39,7 @@ class Fetched:
         kind: "fetched", "generic", "none" or "path".
         path: the cluster path, when one was fetched.
         report: what was read, from where, in how long.
+        found: what the bank gave, whose buffer ``memory`` may lie in.
     """
 
     memory: mx.array | None
@@ -150,6 +151,8 @@ class MemoryLM:
     def fetch_batch(self, memory: Memory, texts: Sequence[str | None]) -> list[Fetched]:
         """Fetch the memories of several contexts, each distinct block once; as :meth:`fetch`."""
         paths: list[ClusterPath | None]
+        if not texts:
+            return []
         if not isinstance(memory, str):
             found, kind = self._fetch_paths([memory] * len(texts)), "path"
             paths = [ClusterPath(tuple(map(int, memory)), ())] * len(texts)

@@ -155,6 +155,7 @@ def test_a_batch_of_different_memories(lm, answers):
     generator.close()
     for one in fetched:
         one.release()
+    assert lm.fetch_batch("fetched", []) == []
     found = [lm.tokenizer.decode(tokens[uid]) for uid in ids]
     assert found == [answers[text] for text in TEXTS]
 
