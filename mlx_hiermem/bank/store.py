@@ -100,8 +100,7 @@ class MemoryBank:
             blocked: pairs (level, cluster) that are blocked from the start, beside those that
                 ``blocked.json`` names.
             check_blocks: compare each block with its checksum when it is first read, and refuse
-                one that holds NaN or infinite numbers. Costs about a millisecond per megabyte,
-                once.
+                one that holds NaN or infinite numbers. Costs a pass over each block, once.
             progress: called with (bytes in all, bytes read since the call before) while resident
                 levels are read.
 
