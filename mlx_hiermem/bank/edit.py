@@ -1,8 +1,8 @@
 """BankEdit: changes to a bank that come into force together, or not at all (``journal``).
 
 Files that change are written anew, whole: what readers have open stays as it was. So one block
-    costs
-the writing of its level file.
+costs the writing of its level file. What is copied is checked against the manifest on the way, so
+that damage on the disk does not come out with a valid sha256.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from . import journal
 from .address import check_cluster, check_level, check_pair
 from .blocked import BLOCKED, blocked_bytes
 from .checksums import CHECKSUMS, Digests, write_checksums
+from .dtypes import STORAGE
 from .manifest import MANIFEST, FileEntry, Manifest, manifest_bytes, revision_of
 from .reader import BlockReader
-
-# Rows are copied in pieces of about this size.
-_CHUNK_BYTES = 1 << 26
+from .stored import StoredLayout
 
 
 class BankEdit:
@@ -59,7 +59,7 @@ class BankEdit:
         self.folder = Path(folder).expanduser()
         self._progress = progress or (lambda total, count: None)
         self._step = step or (lambda name: None)
-        self._rows: dict[tuple[int, int], dict[int, memoryview]] = {}  # (level, shard) -> row
+        self._rows: dict[tuple[int, int], dict[int, bytes]] = {}  # (level, shard) -> row
         self._blocked: frozenset[tuple[int, int]] | None = None
         self._digests: Digests | None = None
         self._lock = -1
@@ -74,11 +74,13 @@ class BankEdit:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(self._lock)
-            raise FormatError(
-                f"{self.folder}: another process is editing the bank; wait for it"
-            ) from None
+            if isinstance(error, BlockingIOError):
+                reason = "another process is editing the bank; wait for it"
+            else:
+                reason = f"cannot be locked ({error.strerror}); edit it on a local disk"
+            raise FormatError(f"{self.folder}: {reason}") from None
         try:
             journal.apply(self.folder)  # an edit that was killed after its commit
             self._clear()
@@ -88,6 +90,7 @@ class BankEdit:
             raise
         self.config = self.reader.config
         self.revision = self.reader.manifest.revision
+        self._layout = StoredLayout(self.config)
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -103,27 +106,34 @@ class BankEdit:
     # ---- what is to change -------------------------------------------------------------
 
     def replace_blocks(self, level: int, blocks: Mapping[int, np.ndarray | bytes]) -> None:
-        """Replace stored blocks.
+        """Replace stored blocks. What is given is copied.
 
         Args:
             blocks: by cluster the stored bytes, or an array of the storage dtype, (stored_size,).
 
         Raises:
             PathError: there is no such block.
-            FormatError: a block has another size.
+            FormatError: a block has another size or dtype, or numbers that are not finite.
         """
         level = check_level(self.config, level)
         for cluster, block in blocks.items():
             cluster = check_cluster(self.config, level, cluster)
-            stored = memoryview(np.ascontiguousarray(block) if _is_array(block) else block)
-            size = self.config.block_bytes(level)
-            if stored.nbytes != size:
-                raise FormatError(
-                    f"{self.folder}: block {cluster} of level {level} is given as {stored.nbytes} "
-                    f"bytes, expected {size}"
-                )
+            stored = self._checked(level, cluster, block)
             index, row = self.reader.locate(level, cluster)
-            self._rows.setdefault((level, index), {})[row] = stored.cast("B")
+            self._rows.setdefault((level, index), {})[row] = stored
+
+    def _checked(self, level: int, cluster: int, block: np.ndarray | bytes) -> bytes:
+        what = f"{self.folder}: block {cluster} of level {level} is given"
+        dtype = np.dtype(STORAGE[self.config.stored_dtype])
+        if isinstance(block, np.ndarray) and block.dtype != dtype:
+            raise FormatError(f"{what} in {block.dtype}, expected {dtype}, as it is stored")
+        stored = block.tobytes() if isinstance(block, np.ndarray) else bytes(block)
+        size = self.config.block_bytes(level)
+        if len(stored) != size:
+            raise FormatError(f"{what} as {len(stored)} bytes, expected {size}")
+        if not self._layout.finite(np.frombuffer(stored, np.uint8)):
+            raise FormatError(f"{what} with NaN or infinite numbers; expected finite ones")
+        return stored
 
     def set_blocked(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Set which blocks are blocked, as pairs (level, cluster).
@@ -195,22 +205,33 @@ class BankEdit:
             for chunk in chunks:
                 file.write(chunk)
                 self._progress(self._total, memoryview(chunk).nbytes)
+        self._keep_mode(name)
         return FileEntry(file.size, file.sha256)
 
-    def _shard(
-        self, level: int, index: int, rows: Mapping[int, memoryview]
-    ) -> Iterator[memoryview]:
-        """A level file with other rows, as a stream."""
+    def _keep_mode(self, name: str) -> None:
+        """Let the new version of a file be read by whom the old one can be read."""
+        try:
+            mode = os.stat(self.folder / name).st_mode
+        except FileNotFoundError:
+            return
+        os.chmod(self.folder / (journal.PREFIX + name), stat.S_IMODE(mode))
+
+    def _shard(self, level: int, index: int, rows: Mapping[int, bytes]) -> Iterator[memoryview]:
+        """A level file with other rows, as a stream; at its end FormatError if the old file is not
+        what the manifest says."""
         shard = self.reader.shards(level)[index]
-        yield memoryview(self.reader.head(level, index))
-        size = self.config.block_bytes(level)
-        step = max(1, _CHUNK_BYTES // size)
-        for first in range(0, shard.rows, step):
-            for row in range(first, min(first + step, shard.rows)):
-                if row in rows:
-                    yield rows[row]
-                else:
-                    yield memoryview(self.reader.stored(level, shard.first + row)).cast("B")
+        head = memoryview(self.reader.head(level, index))
+        old = hashlib.sha256(head)
+        yield head
+        for row in range(shard.rows):
+            stored = memoryview(self.reader.stored(level, shard.first + row)).cast("B")
+            old.update(stored)
+            yield memoryview(rows[row]) if row in rows else stored
+        if old.hexdigest() != self.reader.manifest.files[shard.name].sha256:
+            raise FormatError(
+                f"{self.folder / shard.name}: is not what {MANIFEST} says, so that an edit would "
+                "hide the damage; copy or download the file again"
+            )
 
     def _changed_checksums(self) -> dict[str, FileEntry]:
         if self._digests is not None:
@@ -226,7 +247,9 @@ class BankEdit:
             for row, stored in rows.items():
                 at = 32 * (first + row)
                 arrays[f"level{level}"][at : at + 32] = hashlib.sha256(stored).digest()
-        return {CHECKSUMS: write_checksums(self.folder, arrays, journal.PREFIX + CHECKSUMS)}
+        entry = write_checksums(self.folder, arrays, journal.PREFIX + CHECKSUMS)
+        self._keep_mode(CHECKSUMS)
+        return {CHECKSUMS: entry}
 
     def _clear(self) -> None:
         """Remove what an edit that did not commit has left."""
@@ -238,7 +261,3 @@ class BankEdit:
             raise FormatError(
                 f"{self.folder}: cannot be edited ({error.strerror}); the folder has to be writable"
             ) from None
-
-
-def _is_array(block: np.ndarray | bytes) -> bool:
-    return isinstance(block, np.ndarray)

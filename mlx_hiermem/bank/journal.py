@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,6 +123,11 @@ def apply(folder: Path) -> None:
         for name in sorted(names, key=lambda name: (name == MANIFEST, name)):
             hidden = folder / (PREFIX + name)
             if os.path.lexists(hidden):
+                if not stat.S_ISREG(os.lstat(hidden).st_mode):
+                    raise FormatError(
+                        f"{hidden}: not a file of its own, expected the new version of {name}; "
+                        f"remove {folder / JOURNAL} if the bank was copied or downloaded"
+                    )
                 os.replace(hidden, folder / name)
         sync_folder(folder)
         (folder / JOURNAL).unlink()

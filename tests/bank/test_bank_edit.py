@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -126,6 +127,59 @@ def test_an_error_within_leaves_the_bank_as_it_was(folder):
     assert _files(folder) == files
 
 
+def test_blocks_that_may_not_come_in(folder):
+    files = _files(folder)
+    with BankEdit(folder) as edit:
+        size = edit.config.block_size(2)
+        good = np.zeros(size, np.uint16)
+        nan, infinite = good.copy(), good.copy()
+        nan[1], infinite[size - 1] = 0x7FC0, 0xFF80
+        for wrong, message in (
+            (good.astype(np.float16), "given in float16, expected uint16"),
+            (good.view(np.int16), "given in int16, expected uint16"),
+            (nan, "NaN or infinite"),
+            (infinite.tobytes(), "NaN or infinite"),
+        ):
+            with pytest.raises(FormatError, match=message):
+                edit.replace_blocks(2, {1: wrong})
+    assert _files(folder) == files
+
+
+def test_a_buffer_that_is_used_again_is_not_what_is_written(folder):
+    with BankEdit(folder) as edit:
+        buffer = np.empty(edit.config.block_size(3), np.uint16)
+        raw = bytearray(buffer.nbytes)
+        for cluster in range(3):
+            buffer[:] = 1 + cluster
+            edit.replace_blocks(3, {cluster: buffer})
+            raw[:] = bytes([1 + cluster]) * len(raw)
+            edit.replace_blocks(3, {3 + cluster: raw})
+    reader = BlockReader(folder)
+    assert [reader.stored(3, i)[0] for i in range(6)] == [1, 2, 3, 0x101, 0x202, 0x303]
+    reader.close()
+
+
+@pytest.mark.parametrize("row", [0, 4])
+def test_an_edit_does_not_hide_damage(folder, row):
+    """Neither in a row that stays, nor in one that is replaced."""
+    path = folder / "level-3-00001-of-00003.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(-(9 - row) * 48 if row else -1, os.SEEK_END)
+        file.write(b"\x01")
+    files = _files(folder)
+    with pytest.raises(FormatError, match=f"{path.name}: is not what manifest.json says"):
+        with BankEdit(folder) as edit:
+            edit.replace_blocks(3, {13: editing.content(0, edit.config.block_size(3))})
+    assert _files(folder) == files
+
+
+def test_files_keep_who_may_read_them(folder):
+    for path in folder.iterdir():
+        path.chmod(0o640)
+    editing.edit(folder, range(1, 2))
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
 def test_a_quantised_bank_is_edited_by_its_bytes(tmp_path, make):
     make.bank(tmp_path / "plain", make.config((4, 2), 3, hidden=32))
     quantize_bank(tmp_path / "plain", tmp_path / "packed", 4)
@@ -237,6 +291,16 @@ def test_one_editor_at_a_time(folder):
         pass
 
 
+def test_a_folder_that_cannot_be_locked_is_not_called_busy(folder, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(FormatError, match="cannot be locked \\(No locks available\\)"):
+        with BankEdit(folder):
+            pass
+
+
 # ---- the journal of a stranger ---------------------------------------------------------
 
 
@@ -263,6 +327,17 @@ def test_a_journal_may_not_lead_out_of_the_folder(folder, tmp_path):
     journal.commit(folder, ["manifest.json"])
     with pytest.raises(FormatError, match="outside of the folder"):
         MemoryBank.open(folder)
+
+
+def test_a_link_is_not_put_in_the_place_of_a_file(folder):
+    files = _files(folder)
+    (folder / f"{journal.PREFIX}manifest.json").symlink_to(folder / "manifest.json")
+    journal.commit(folder, ["manifest.json"])
+    with pytest.raises(FormatError, match="edit-manifest.json: not a file of its own"):
+        with BankEdit(folder):
+            pass
+    assert not (folder / "manifest.json").is_symlink()
+    assert files.items() <= _files(folder).items()
 
 
 def test_writing_a_bank_anew_drops_an_edit(folder, make):
