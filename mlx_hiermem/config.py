@@ -1,19 +1,23 @@
 """MemoryConfig: everything that describes a memory bank, in one flat dataclass.
 
-It is what ``memory/config.json`` holds. Nothing in here imports MLX, so that the
-command line can read a configuration without loading a backend.
+It is what ``memory/config.json`` holds. Reading one imports no MLX, so that the command line
+can do so without loading a backend; only sizes need the kind's own file.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import kinds
 from .errors import ConfigError
 from .quantization import Quantization
+from .shapes import MAX_SIZE, AnchorShape, shown
+
+__all__ = ["KINDS", "PLACEMENTS", "AnchorShape", "MemoryConfig", "placement"]
 
 FORMAT_VERSION = 1
 
@@ -23,76 +27,43 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Kinds of encoder: what turns a text into the vector that is routed.
 ENCODER_TYPES = ("embeddings", "bert")
 
-#: Most layers of an anchor, and what all its sizes and the ranks stay below. Far more than there
-#: is; a config from elsewhere must not make us count to whatever it names.
-MAX_LAYERS, MAX_SIZE = 10_000, 2**31
 # k^p is below 2^62, so there are fewer levels.
 _MAX_LEVELS = 61
 # The config of a bank is a few hundred bytes.
 _MOST_BYTES = 1 << 24
 
 
-def _shown(value: Any) -> str:
-    """``value`` for an error text: on one line, and short whatever it is."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+#: Kinds of memory, one file each in ``kinds/``.
+KINDS = kinds.NAMES
+
+#: Where in the depth of an anchor the layers with memory are (section 3 of the paper).
+PLACEMENTS = ("uniform", "early", "middle", "late")
 
 
-@dataclass(frozen=True)
-class AnchorShape:
-    """The sizes of an anchor that the size of a memory depends on.
+def placement(where: str, layers: int) -> tuple[int, ...] | None:
+    """The layers with memory, for an anchor of so many layers.
 
-    Field names are those of a ``config.json``. ``head_dim`` is a field of its own:
-    in the paper's 160M anchor it is not ``hidden_size / num_attention_heads``.
+    Args:
+        where: ``uniform`` (all of them, None in a config), ``early``, ``middle`` or ``late`` (the
+            first, the middle or the last half; the paper does not say how many it takes), or
+            indices such as ``0,3,5``.
+
+    Raises:
+        ConfigError: it is none of these.
     """
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, anchor: AnchorShape | Mapping[str, Any] | Any) -> AnchorShape:
-        """Read the shape from a ``config.json`` mapping, model arguments, or a model.
-
-        Raises:
-            ConfigError: a size is missing or is not a positive integer.
-        """
-        if isinstance(anchor, cls):
-            return anchor
-        source = getattr(anchor, "args", anchor)
-
-        def get(name: str) -> Any:
-            if isinstance(source, Mapping):
-                return source.get(name)
-            return getattr(source, name, None)
-
-        sizes = {f.name: get(f.name) for f in fields(cls)}
-        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        if sizes["head_dim"] is None and type(width) is type(heads) is int and heads:
-            sizes["head_dim"] = width // heads
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigError(
-                    f"the anchor's config: {name} is {_shown(size)}; expected a positive integer"
-                )
-            most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE - 1
-            if size > most:
-                raise ConfigError(
-                    f"the anchor's config: {name} is {_shown(size)}; expected at most {most}"
-                )
-        return cls(**sizes)
-
-
-def _ffn_row_widths(anchor: AnchorShape) -> tuple[int, ...]:
-    # One row each of M1, M2 and M3 (stored as rows), all as wide as the residual stream.
-    return (anchor.hidden_size,) * 3
-
-
-#: For each memory kind the widths of the rows that one unit of rank adds to one layer.
-#: A block of rank r is, for each layer and each entry, a matrix of (r, width).
-KINDS = {"ffn": _ffn_row_widths}
+    if where == "uniform":
+        return None
+    if where in PLACEMENTS:
+        count = -(-layers // 2)
+        first = {"early": 0, "middle": (layers - count) // 2, "late": layers - count}[where]
+        return tuple(range(first, first + count))
+    pieces = [piece.strip() for piece in where.split(",")]
+    if not all(piece.isascii() and piece.isdigit() and len(piece) < 6 for piece in pieces):
+        raise ConfigError(
+            f"layers {shown(where)}: expected one of {', '.join(PLACEMENTS)}, or indices such as "
+            "0,3,5"
+        )
+    return tuple(int(piece) for piece in pieces)
 
 
 @dataclass(frozen=True)
@@ -139,42 +110,42 @@ class MemoryConfig:
                 or any(v >= MAX_SIZE for v in value)
             ):
                 raise ConfigError(
-                    f"memory config: {name} is {_shown(value)}; expected a list of integers >= "
+                    f"memory config: {name} is {shown(value)}; expected a list of integers >= "
                     f"{low} and below {MAX_SIZE}"
                 )
             object.__setattr__(self, name, tuple(value))
 
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ConfigError(
-                f"memory config: format_version is {_shown(self.format_version)}; this version of "
+                f"memory config: format_version is {shown(self.format_version)}; this version of "
                 f"mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
             )
         integers("ranks", 0)
         if not any(self.ranks):
             raise ConfigError(
-                f"memory config: ranks is {_shown(list(self.ranks))}; at least one level needs a "
+                f"memory config: ranks is {shown(list(self.ranks))}; at least one level needs a "
                 "rank > 0"
             )
         if self.levels == 0:
             object.__setattr__(self, "levels", len(self.ranks))
         if type(self.levels) is not int or self.levels != len(self.ranks):
             raise ConfigError(
-                f"memory config: levels is {_shown(self.levels)} but ranks has {len(self.ranks)} "
+                f"memory config: levels is {shown(self.levels)} but ranks has {len(self.ranks)} "
                 "entries; give one rank for each level"
             )
         k = self.branching
         if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-            raise ConfigError(f"memory config: branching is {_shown(k)}; expected an integer >= 2")
+            raise ConfigError(f"memory config: branching is {shown(k)}; expected an integer >= 2")
         if self.levels > _MAX_LEVELS or k >= 2**62 or k**self.levels >= 2**62:
             raise ConfigError(
-                f"memory config: {_shown(k)}^{self.levels} clusters cannot be numbered; "
+                f"memory config: {shown(k)}^{self.levels} clusters cannot be numbered; "
                 "use fewer levels or a smaller branching"
             )
         self._one_of("kind", KINDS)
         self._one_of("dtype", DTYPE_BYTES)
         if not isinstance(self.encoder, Mapping) or self.encoder.get("type") not in ENCODER_TYPES:
             raise ConfigError(
-                f"memory config: encoder is {_shown(self.encoder)}; expected an object whose type "
+                f"memory config: encoder is {shown(self.encoder)}; expected an object whose type "
                 f"is one of {', '.join(ENCODER_TYPES)}"
             )
         if self.quantization is not None:
@@ -186,7 +157,7 @@ class MemoryConfig:
             integers("layers", 0)
             if not self.layers or list(self.layers) != sorted(set(self.layers)):
                 raise ConfigError(
-                    f"memory config: layers is {_shown(list(self.layers))}; expected ascending "
+                    f"memory config: layers is {shown(list(self.layers))}; expected ascending "
                     "layer indices without repeats, or null for all layers"
                 )
         if self.base_anchor is not None:
@@ -199,11 +170,11 @@ class MemoryConfig:
                 for width in set(self.row_widths()):
                     self.packing.check(width)
 
-    def _one_of(self, name: str, known: Mapping[str, Any]) -> None:
+    def _one_of(self, name: str, known: Collection[str]) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) or value not in known:
             raise ConfigError(
-                f"memory config: {name} is {_shown(value)}; known are {', '.join(sorted(known))}"
+                f"memory config: {name} is {shown(value)}; known are {', '.join(sorted(known))}"
             )
 
     def _check_layers(self, anchor: AnchorShape) -> None:
@@ -242,7 +213,7 @@ class MemoryConfig:
 
     def row_widths(self, anchor: Any = None) -> tuple[int, ...]:
         """Widths of the matrices of one block, layer after layer: each is (rank, width)."""
-        per_layer = KINDS[self.kind](self.anchor_shape(anchor))
+        per_layer = kinds.find(self.kind).row_widths(self.anchor_shape(anchor))
         return per_layer * len(self.memory_layers(anchor))
 
     def block_size(self, level: int, anchor: Any = None) -> int:
@@ -301,7 +272,7 @@ class MemoryConfig:
             names = ", ".join(unknown)
             plain = names.isprintable() and len(names) <= 80
             raise ConfigError(
-                f"memory config: unknown key {names if plain else _shown(names)}; known keys are "
+                f"memory config: unknown key {names if plain else shown(names)}; known keys are "
                 f"{', '.join(sorted(known))}"
             )
         if "ranks" not in values:

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, stream_generate
 
 from . import scoring
+from .anchors import compute_dtype
 from .bank.report import FetchedMemory, FetchReport
 from .bank.store import MemoryBank
 from .errors import FormatError, InputError
@@ -35,7 +36,7 @@ class Fetched:
     """A memory that is ready for the model.
 
     Attributes:
-        memory: joined memory (1, L, 3, R, d) in the model's dtype; None is memory off.
+        memory: joined memory (1, N) in the model's dtype; None is memory off.
         kind: "fetched", "generic", "none" or "path".
         path: the cluster path, when one was fetched.
         report: what was read, from where, in how long.
@@ -113,7 +114,7 @@ class MemoryLM:
         self.tree = tree
         self.encoder = encoder
         self.context_length: int | None = config.get("max_position_embeddings")
-        self.dtype = _compute_dtype(model)
+        self.dtype = compute_dtype(model)
         self._streams = 0  # answers that are being generated
         self._ahead: ClusterPath | None = None  # to be prefetched when they have ended
 
@@ -186,8 +187,8 @@ class MemoryLM:
         return [self.bank.fetch(*paths)] if len(paths) == 1 else self.bank.fetch_many(paths)
 
     def _ready(self, found: FetchedMemory) -> mx.array:
-        """A memory (1, L, 3, R, d) in the model's dtype; the bank's own buffer where that fits."""
-        memory = self.model.shaped(found.joined)
+        """A memory (1, N) in the model's dtype; the bank's own buffer where that fits."""
+        memory = found.joined[None]
         if memory.dtype != self.dtype:
             memory = memory.astype(self.dtype)
             mx.eval(memory)
@@ -224,9 +225,7 @@ class MemoryLM:
         return self._cache(self.fetch(memory, text))
 
     def _cache(self, fetched: Fetched) -> list[Any]:
-        cache = self.model.make_cache()
-        cache[-1][0] = fetched.memory
-        return cache
+        return self.model.make_cache(fetched.memory)
 
     # ---- generation --------------------------------------------------------------------
 
@@ -404,8 +403,3 @@ def _check_unicode(text: str) -> None:
         raise InputError(
             f"the text is not valid Unicode (character {error.start + 1}); give it as UTF-8"
         ) from None
-
-
-def _compute_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype of the anchor's activations: that of its norms, which are never quantised."""
-    return model.layers[0].input_layernorm.weight.dtype

@@ -26,7 +26,7 @@ def score(
 
     Args:
         pairs: (context, continuation).
-        memories: per pair a joined memory (1, L, 3, R, d), or None for memory off; either all of
+        memories: per pair a joined memory (1, N), or None for memory off; either all of
             them are None or none is.
 
     Returns:

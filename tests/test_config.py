@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_hiermem.config import DTYPE_BYTES, AnchorShape, MemoryConfig
+from mlx_hiermem.config import DTYPE_BYTES, KINDS, AnchorShape, MemoryConfig, placement
 from mlx_hiermem.errors import ConfigError
 
 # Layers, hidden, FFN, heads, head size. The first three are the paper's; of the others only
@@ -138,9 +138,10 @@ def test_anchor_sizes_are_positive_integers(size):
 @st.composite
 def configs(draw) -> MemoryConfig:
     layers = draw(st.none() | st.sets(st.integers(0, 5), min_size=1))
-    shape = dict(zip(AnchorShape.__annotations__, (6, 8, 16, 2, 4), strict=True))
+    shape = dict(zip(AnchorShape.__annotations__, (6, 8, 16, 2, 4, 1), strict=True))
     return MemoryConfig(
         ranks=draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)),
+        kind=draw(st.sampled_from(KINDS)),
         branching=draw(st.integers(2, 32)),
         layers=None if layers is None else sorted(layers),
         encoder={"type": draw(st.sampled_from(["bert", "embeddings"])), "name": draw(st.text())},
@@ -178,3 +179,37 @@ def test_errors_of_a_file_name_the_file(tmp_path, content, said):
         MemoryConfig.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "layers", "expected"),
+    [
+        ("uniform", 5, None), ("early", 4, (0, 1)), ("middle", 4, (1, 2)), ("late", 4, (2, 3)),
+        ("early", 5, (0, 1, 2)), ("middle", 5, (1, 2, 3)), ("late", 5, (2, 3, 4)),
+        ("late", 1, (0,)), ("0", 3, (0,)), ("0, 2", 3, (0, 2)),
+    ],
+)  # fmt: skip
+def test_placements(where, layers, expected):
+    assert placement(where, layers) == expected
+
+
+@pytest.mark.parametrize("where", ["", "first", "late,1", "1,,2", "-1", "1.5", "²", "9" * 99])
+def test_a_placement_that_is_none(where):
+    with pytest.raises(ConfigError, match="expected one of uniform, early, middle, late, or"):
+        placement(where, 4)
+
+
+def test_the_shape_of_an_anchor_that_sees_is_that_of_its_language_model():
+    sizes = dict(
+        num_hidden_layers=2, hidden_size=8, intermediate_size=9, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    found = AnchorShape.of({"model_type": "any", "text_config": sizes})
+    assert found == AnchorShape(2, 8, 9, 4, 2, 2)
+    assert (found.attention_width, found.key_value_width) == (8, 4)
+
+
+def test_a_shape_from_before_heads_could_share_keys():
+    shape = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 9}
+    shape |= {"num_attention_heads": 4, "head_dim": 2}
+    assert AnchorShape.of(shape).num_key_value_heads == 4

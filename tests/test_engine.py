@@ -62,9 +62,9 @@ def test_route_is_the_trees_route_of_the_encoders_vector(lm, folder):
 def test_fetched_is_what_the_bank_gives_for_the_route(lm):
     fetched = lm.fetch("fetched", PROMPT)
     assert fetched.kind == "fetched" and fetched.path == lm.route(PROMPT)
-    blocks = lm.bank.fetch(fetched.path.ids).blocks
-    assert fetched.memory.shape == (1, 2, 3, 6, 16)
-    np.testing.assert_array_equal(np.array(fetched.memory[0]), np.array(lm.model.join(blocks)))
+    blocks = [block[None] for block in lm.bank.fetch(fetched.path.ids).blocks]
+    assert fetched.memory.shape == (1, 2 * 3 * 6 * 16)
+    np.testing.assert_array_equal(np.array(fetched.memory), np.array(lm.model.join(blocks)))
     sizes = [lm.bank.config.block_bytes(level) for level in (1, 2)]
     assert [block.bytes for block in fetched.report.blocks] == sizes
     assert [block.cluster for block in fetched.report.blocks] == list(fetched.path.ids)
@@ -73,9 +73,8 @@ def test_fetched_is_what_the_bank_gives_for_the_route(lm):
 def test_generic_none_and_a_path(lm):
     generic = lm.fetch("generic")
     assert generic.kind == "generic" and generic.path is None
-    np.testing.assert_array_equal(
-        np.array(generic.memory[0]), np.array(lm.model.join(lm.bank.generic().blocks))
-    )
+    blocks = [block[None] for block in lm.bank.generic().blocks]
+    np.testing.assert_array_equal(np.array(generic.memory), np.array(lm.model.join(blocks)))
     none = lm.fetch("none")
     assert none.memory is None and none.kind == "none" and none.report.to_dict()["blocks"] == []
     for path in ((1, 4), [1, 4], np.array([1, 4])):

@@ -142,11 +142,7 @@ def test_a_prompt_cache_keeps_its_memory(lm, answers):
 def test_a_batch_of_different_memories(lm, answers):
     generator = BatchGenerator(lm.model, stop_tokens=[[t] for t in lm.tokenizer.eos_token_ids])
     fetched = lm.fetch_batch("fetched", TEXTS)
-    caches = []
-    for one in fetched:
-        cache = lm.model.make_cache()
-        cache[-1][0] = one.memory
-        caches.append(cache)
+    caches = [lm.model.make_cache(one.memory) for one in fetched]
     ids = generator.insert([lm.tokenize(t) for t in TEXTS], max_tokens=[12] * 4, caches=caches)
     tokens = {uid: [] for uid in ids}
     while responses := generator.next_generated():

@@ -13,8 +13,8 @@ from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as _load_model
 from mlx_lm.utils import load_tokenizer as _load_tokenizer
 
-from ..config import AnchorShape
 from ..errors import ConfigError, FormatError
+from ..shapes import AnchorShape
 from . import openlm
 
 #: What no weight is stored as: they are floating-point, or quantised and packed in uint32 (with
@@ -59,6 +59,15 @@ def load_anchor(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         model.set_dtype(mx.float32)
     model.eval()
     return model, config
+
+
+def compute_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of a model's activations: that of its norms, which are never quantised."""
+    arrays = [array for _, array in tree_flatten(model.layers[0].parameters())]
+    floating = [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
+    gains = [array for array in floating if array.ndim == 1]
+    # Where norms have no gains: the matrices, or the scales of quantised ones.
+    return (gains or floating)[0].dtype
 
 
 def _check_config(folder: Path) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +43,8 @@ from .layout import (
 from .manifest import check_listed, check_sha256, check_size, read_manifest
 from .parts import Part
 
-#: Tries to open a bank that another process is editing.
-_TRIES = 20
+# How long a bank that changes while it is opened is opened again, in seconds.
+_PATIENCE = 30.0
 
 
 @dataclass
@@ -93,7 +95,8 @@ class BlockReader:
         self.folder = folder
         self.part = part or Part()
         self._folders = dict(folders or {})
-        for _ in range(_TRIES):
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
             self._snapshot = Snapshot(folder)
             try:
                 self._open_all()
@@ -105,6 +108,7 @@ class BlockReader:
                 if not self._snapshot.stale():
                     return
                 self.close()
+            time.sleep(random.uniform(0, 0.02))  # not always at the same moment of an edit
         raise FormatError(
             f"{folder}: is being edited by another process all the time; open it again later"
         )

@@ -49,8 +49,12 @@ class Places:
         default=None,
         metadata=_words("memory config, one rank per level", default="256,64,16,0 for 4 levels"),
     )
-    memory_layers: tuple[int, ...] | None = field(
-        default=None, metadata=_words("layers with memory", default="all")
+    kind: str = field(
+        default="ffn", metadata=_words("of memory: ffn, kv, lora_ffn, lora_qk or lora_vo")
+    )
+    memory_layers: tuple[str, ...] = field(
+        default=("uniform",),
+        metadata=_words("with memory: uniform, early, middle, late, or indices such as 0,3,5"),
     )
     bank_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata=_words("of the blocks in the finished model")
@@ -254,7 +258,8 @@ def _train_in(
                 corpus.tree()  # is checked by that; it goes into the model
                 setup.check_encoder(corpus, start.anchor, config.trains_anchor)
                 name = Path(values.model or values.anchor).name
-                chosen = values.ranks, values.memory_layers, values.bank_dtype
+                layers = ",".join(values.memory_layers)
+                chosen = values.ranks, layers, values.bank_dtype, values.kind
                 memory = setup.memory_config(corpus, start.anchor, name, *chosen)
                 model = attach(start.anchor, memory)
                 if values.subtree is not None:

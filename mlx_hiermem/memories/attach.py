@@ -1,19 +1,20 @@
 """Give an anchor a memory: ``attach(anchor, config) -> MemoryModel``.
 
 How the fetched memory reaches the layers:
-- In decoding it is the last entry of the prompt cache (an ``ArraysCache`` of one array with a
+- In decoding it is the last entry of the prompt cache (an ``ArraysCache`` whose arrays have a
   leading batch axis), the one channel that all of mlx-lm's loops carry and merge per sequence. So a
-  batch may hold as many memories as sequences, and ``cache[-1][0] is None`` means memory off.
+  batch may hold as many memories as sequences, and an entry that holds nothing means memory off.
 - In training and scoring it is the argument ``memory``.
 
-The FFN modules keep their place, names and weights: only their class becomes a subclass that adds
-the memory's branch. Saving, loading and quantising an anchor are therefore untouched by memories.
+The anchor's modules keep their place, names and weights: those that a memory acts on get a subclass
+of their class. Saving, loading and quantising an anchor are therefore untouched by memories. What a
+memory does there is its kind's business (``kinds/``).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,16 +22,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
 
+from .. import kinds
 from ..config import AnchorShape, MemoryConfig
-from ..errors import ConfigError
-from . import ffn
+from ..errors import ConfigError, InputError
+from ..kinds._kind import Matrices, NoPlace, replace_call, restore_call
+from .layout import JoinedLayout
 from .start import start_block
 
 
 class _CallMemory(threading.local):
     """The memory of the call that is being traced, per thread: a layer's matrices by position."""
 
-    layers: Sequence[Any] | Mapping[int, Any] | None = None
+    layers: Sequence[Matrices] | Mapping[int, Matrices] | None = None
+
+    def lookup(self, position: int) -> Callable[[], Matrices | None]:
+        return lambda: None if self.layers is None else self.layers[position]
 
 
 class ArraysCache(mlx_lm_cache.ArraysCache):
@@ -47,14 +53,15 @@ class ArraysCache(mlx_lm_cache.ArraysCache):
 
 
 class MemoryModel(nn.Module):
-    """An anchor whose FFN layers are widened by a fetched memory.
+    """An anchor whose layers can use a fetched memory.
 
     Args of a call:
         inputs: tokens (B, T).
-        cache: the anchor's prompt cache plus one entry that holds the memory, or None.
+        cache: the anchor's prompt cache plus one entry that holds the memory, or None; see
+            :meth:`make_cache`.
         input_embeddings: (B, T, d) in place of the embedded tokens.
-        memory: joined memory (B or 1, L, 3, R, d), or its matrices as :meth:`matrices` gives them;
-            overrides the cache's entry.
+        memory: joined memory (B or 1, N), N the fetch size, or its matrices as :meth:`matrices`
+            gives them; overrides the cache's entry.
         mask: attention mask, handed on to anchors that take one (OpenLM).
 
     Returns:
@@ -66,9 +73,8 @@ class MemoryModel(nn.Module):
         self.anchor = anchor
         self.config = config
         shape = AnchorShape.of(anchor)
-        self._width = shape.hidden_size
         self._memory_layers = config.memory_layers(shape)
-        self._memory_levels = config.memory_levels
+        self._layout = JoinedLayout(config, shape)
         self._call = _CallMemory()
 
     def __call__(
@@ -76,7 +82,7 @@ class MemoryModel(nn.Module):
         inputs: mx.array,
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
-        memory: mx.array | ffn.Matrices | None = None,
+        memory: mx.array | Sequence[Matrices] | None = None,
         mask: mx.array | None = None,
     ) -> mx.array:
         options: dict[str, Any] = {}
@@ -86,33 +92,35 @@ class MemoryModel(nn.Module):
             options["mask"] = mask
         if cache is not None:
             *cache, entry = cache
-            memory = entry[0] if memory is None else memory
-        self._call.layers = self.matrices(memory) if isinstance(memory, mx.array) else memory
+            memory = self._layout.of_entry(entry.cache) if memory is None else memory
+        if isinstance(memory, mx.array):
+            memory = self.matrices(memory)
+        if memory is not None and memory[0][0].shape[0] not in (1, inputs.shape[0]):
+            raise InputError(
+                f"a batch of {inputs.shape[0]} is given {memory[0][0].shape[0]} memories; give one "
+                "for all, or one for each"
+            )
+        self._call.layers = memory
         try:
             return self.anchor(inputs, cache, **options)
         finally:
             self._call.layers = None
 
     def join(self, blocks: Sequence[mx.array]) -> mx.array:
-        """Join the levels' blocks, (..., s_l) each, to a memory (..., L, 3, R, d)."""
-        return ffn.join(blocks, len(self._memory_layers), self._width)
+        """Join the levels' blocks, (B, s_l) each, to a memory (B, N)."""
+        return self._layout.join(blocks)
 
-    def shaped(self, joined: mx.array) -> mx.array:
-        """A fetched memory (fetch_size,) as one for a call or a prompt cache, (1, L, 3, R, d)."""
-        return ffn.shaped(joined[None], len(self._memory_layers), self._width)
-
-    def matrices(self, memory: mx.array) -> ffn.Matrices:
-        """A joined memory matrix by matrix.
+    def matrices(self, memory: mx.array) -> list[Matrices]:
+        """A joined memory (B, N) layer by layer, in the arrays that its kind takes.
 
         What is differentiated should be given so: the gradient of a slice is an array of the size
         of the whole, once for each slice.
         """
-        return ffn.matrices(memory)
+        return self._layout.matrices(memory)
 
-    def split(self, matrices: ffn.Matrices) -> list[mx.array]:
+    def split(self, matrices: Sequence[Matrices]) -> list[mx.array]:
         """Matrices, or their gradients, as blocks (B, s_l), one array per level with memory."""
-        ranks = [self.config.ranks[level - 1] for level in self._memory_levels]
-        return ffn.split(matrices, ranks)
+        return self._layout.split(matrices)
 
     def init_block(self, level: int, cluster: int, seed: int = 0) -> np.ndarray:
         """Start values of a block, (s_l,) float32; see ``start_block``."""
@@ -120,7 +128,7 @@ class MemoryModel(nn.Module):
 
     @property
     def memory_positions(self) -> dict[int, int]:
-        """Which of the L parts of a joined memory each layer with memory uses."""
+        """Which part of a joined memory each layer with memory uses."""
         return {layer: position for position, layer in enumerate(self._memory_layers)}
 
     @property
@@ -135,21 +143,35 @@ class MemoryModel(nn.Module):
     def model_type(self) -> str:
         return self.anchor.model_type
 
-    def make_cache(self) -> list[Any]:
-        """An empty prompt cache: the anchor's, and an entry for the memory (none yet)."""
+    def make_cache(self, memory: mx.array | None = None) -> list[Any]:
+        """An empty prompt cache: the anchor's, and an entry that holds a memory, if there is one.
+
+        Args:
+            memory: joined memory (1, N).
+        """
         if hasattr(self.anchor, "make_cache"):
             entries = self.anchor.make_cache()
         else:
             entries = [mlx_lm_cache.KVCache() for _ in self.layers]
-        return [*entries, ArraysCache(1)]
+        return [*entries, self.memory_entry(memory)]
+
+    def memory_entry(self, memory: mx.array | None) -> ArraysCache:
+        """The last entry of a prompt cache: it holds a memory (1, N), or, for None, nothing.
+
+        The matrices are cut out of the memory here, once, and not at each token. They are views.
+        """
+        entry = ArraysCache(self._layout.arrays)
+        if memory is not None:
+            entry.cache = [one for layer in self.matrices(memory) for one in layer]
+        return entry
 
 
 def attach(anchor: nn.Module, config: MemoryConfig) -> MemoryModel:
-    """Give ``anchor`` memories as ``config`` describes; the anchor's FFN modules change class.
+    """Give ``anchor`` memories as ``config`` describes; modules of the anchor change class.
 
     Raises:
-        ConfigError: the anchor has no SwiGLU FFN where the config wants a memory, has a memory
-            already, or has another shape than the bank was trained for.
+        ConfigError: the anchor is not built as the memory's kind needs it, has a memory already, or
+            has another shape than the bank was trained for.
     """
     shape = AnchorShape.of(anchor)
     if config.base_anchor is not None and (trained := config.anchor_shape()) != shape:
@@ -157,41 +179,32 @@ def attach(anchor: nn.Module, config: MemoryConfig) -> MemoryModel:
             f"memory config: the bank was trained for an anchor of {trained}, this one is {shape}; "
             "use the anchor that the bank belongs to"
         )
+    layers = getattr(anchor, "layers", None)
+    if not layers or len(layers) != shape.num_hidden_layers:
+        raise ConfigError(
+            f"the anchor ({type(anchor).__module__}) has {len(layers or ())} layers, its config "
+            f"says {shape.num_hidden_layers}; memories need one block for each"
+        )
+    if any(hasattr(type(module), "anchor_class") for module in anchor.modules()):
+        raise ConfigError("the anchor has a memory already; load it afresh")
     model = MemoryModel(anchor, config)
-    widened = []  # all are checked before the first is changed
-    for index in config.memory_layers(shape):
-        mlp = getattr(anchor.layers[index], "mlp", None)
-        if mlp is None or any(not hasattr(mlp, p) for p in ("gate_proj", "up_proj", "down_proj")):
+    kind = kinds.find(config.kind)
+    changes = []  # all are found before the first is made
+    for position, index in enumerate(config.memory_layers(shape)):
+        try:
+            changes += kind.forwards(layers[index], shape, model._call.lookup(position))
+        except NoPlace as reason:
             raise ConfigError(
-                f"layer {index} of the anchor ({type(anchor).__module__}) has no mlp with "
-                "gate_proj, up_proj and down_proj; FFN memories need a SwiGLU FFN"
-            )
-        if hasattr(type(mlp), "anchor_class"):
-            raise ConfigError(f"layer {index} of the anchor has a memory already; load it afresh")
-        widened.append(mlp)
-    for position, mlp in enumerate(widened):
-        mlp.__class__ = _widened(type(mlp), model._call, position)
+                f"layer {index} of the anchor ({type(anchor).__module__}) {reason}; "
+                f"{config.kind} memories cannot be attached there: choose another kind, or layers"
+            ) from None
+    for module, forward in changes:
+        replace_call(module, forward)
     return model
 
 
 def detach(model: MemoryModel) -> nn.Module:
     """Take the memories off again and return the bare anchor."""
-    for layer in model.layers:
-        if anchor_class := getattr(type(layer.mlp), "anchor_class", None):
-            layer.mlp.__class__ = anchor_class
+    for module in model.anchor.modules():
+        restore_call(module)
     return model.anchor
-
-
-def _widened(base: type[nn.Module], call: _CallMemory, position: int) -> type[nn.Module]:
-    """A subclass of the anchor's FFN class that adds the branch of memory layer ``position``."""
-
-    class WidenedFFN(base):
-        anchor_class = base
-
-        def __call__(self, x: mx.array) -> mx.array:
-            out = super().__call__(x)
-            if call.layers is None:
-                return out
-            return out + ffn.branch(x, call.layers[position])
-
-    return WidenedFFN

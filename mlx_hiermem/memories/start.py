@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import kinds
 from ..config import MemoryConfig
-from . import ffn
 
 #: In place of a cluster: the generic memory's block of a level.
 GENERIC = -1
@@ -29,5 +29,6 @@ def start_block(
     """
     shape = config.anchor_shape(anchor)
     rng = np.random.default_rng([seed, level, cluster + 1])
-    layers = len(config.memory_layers(shape))
-    return ffn.init_block(layers, config.ranks[level - 1], shape.hidden_size, rng)
+    kind, rank = kinds.find(config.kind), config.ranks[level - 1]
+    matrices = [kind.start(rank, shape, rng) for _ in config.memory_layers(shape)]
+    return np.concatenate([matrix.reshape(-1) for layer in matrices for matrix in layer])

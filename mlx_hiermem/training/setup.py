@@ -21,7 +21,7 @@ from ..anchors import load_anchor, openlm
 from ..backend import device_facts
 from ..bank.manifest import MANIFEST
 from ..bank.reader import BlockReader
-from ..config import AnchorShape, MemoryConfig
+from ..config import AnchorShape, MemoryConfig, placement
 from ..corpus.folder import Corpus, file_sha256
 from ..corpus.packed import PackedCorpus
 from ..errors import TrainingError
@@ -187,16 +187,19 @@ def memory_config(
     anchor: nn.Module,
     name: str,
     ranks: Sequence[int] | None,
-    layers: Sequence[int] | None,
+    layers: str,
     dtype: str,
+    kind: str = "ffn",
 ) -> MemoryConfig:
     """The memory config for a corpus and an anchor.
 
     Args:
         name: of the anchor, for the record.
         ranks: one per level of the corpus's tree; by default the paper's, for trees of 4 levels.
+        layers: which have memory; see ``config.placement``.
 
     Raises:
+        ConfigError: there is no such kind, or no such layers.
         TrainingError: the ranks are not as many as the tree has levels.
     """
     if ranks is None and corpus.info.levels == len(DEFAULT_RANKS):
@@ -207,13 +210,15 @@ def memory_config(
             f"ranks: the corpus's tree has {corpus.info.levels} levels, {given}; give one rank "
             "for each level, 0 where there is to be no memory"
         )
+    shape = AnchorShape.of(anchor)
     return MemoryConfig(
         ranks=tuple(ranks),
+        kind=kind,
         branching=corpus.info.branching,
-        layers=None if layers is None else tuple(layers),
+        layers=placement(layers, shape.num_hidden_layers),
         encoder=corpus.info.encoder,
         dtype=dtype,
-        base_anchor={"name": name, "shape": asdict(AnchorShape.of(anchor))},
+        base_anchor={"name": name, "shape": asdict(shape)},
     )
 
 

@@ -18,7 +18,7 @@ from mlx_hiermem.bank import files, slots
 from mlx_hiermem.bank.dtypes import from_storage
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.errors import FormatError
-from mlx_hiermem.memories import ffn
+from mlx_hiermem.memories.layout import JoinedLayout
 
 DISK = {1: "disk", 2: "disk", 3: "disk"}
 
@@ -89,9 +89,9 @@ def test_a_fetch_is_the_blocks_joined_matrix_by_matrix(make, ranks, dtype, waits
                 fetched = bank.fetch(path)
                 assert fetched.joined.dtype == getattr(mx, dtype)
                 np.testing.assert_array_equal(_numbers(fetched.joined), _joined(written, path))
-                shaped = ffn.shaped(fetched.joined, 2, 4)
-                whole = ffn.join(fetched.blocks, 2, 4)
-                assert mx.array_equal(shaped, whole)
+                layout = JoinedLayout(config, config.anchor_shape())
+                whole = layout.join([block[None] for block in fetched.blocks])
+                assert mx.array_equal(fetched.joined[None], whole)
                 if data.draw(st.booleans()):
                     fetched.release()
 

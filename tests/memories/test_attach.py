@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,13 +50,11 @@ def tokens(rows: int = 2, length: int = 9) -> mx.array:
 
 def random_memory(batch: int, layers: int = LAYERS, seed: int = 0) -> mx.array:
     rng = np.random.default_rng(seed)
-    return mx.array(rng.standard_normal((batch, layers, 3, R, D), dtype=np.float32))
+    return mx.array(rng.standard_normal((batch, layers * 3 * R * D), dtype=np.float32))
 
 
 def filled_cache(model: MemoryModel, memory: mx.array | None) -> list:
-    cache = model.make_cache()
-    cache[-1][0] = memory
-    return cache
+    return model.make_cache(memory)
 
 
 def assert_equal(left: mx.array, right: mx.array) -> None:
@@ -74,10 +72,10 @@ def effect(left: mx.array, right: mx.array) -> float:
 def test_start_values_have_no_effect(anchor):
     bare = anchor(tokens())
     model = attach(anchor, CONFIG)
-    memory = model.join([mx.array(model.init_block(level, 1)) for level in (1, 2)])
-    assert memory.shape == (LAYERS, 3, R, D)
+    memory = model.join([mx.array(model.init_block(level, 1))[None] for level in (1, 2)])
+    assert memory.shape == (1, LAYERS * 3 * R * D)
     assert mx.abs(memory).max() > 0
-    assert_equal(model(tokens(), memory=memory[None]), bare)
+    assert_equal(model(tokens(), memory=memory), bare)
 
 
 def test_memory_off_is_the_bare_anchor(anchor):
@@ -91,7 +89,7 @@ def test_memory_off_is_the_bare_anchor(anchor):
 def test_a_memory_widens_the_matrices_of_the_anchor(anchor):
     memory = random_memory(1)
     logits = attach(anchor, CONFIG)(tokens(), memory=memory)
-    for layer, (m1, m2, m3) in zip(anchor.layers, memory[0], strict=True):
+    for layer, (m1, m2, m3) in zip(anchor.layers, memory.reshape(LAYERS, 3, R, D), strict=True):
         mlp = layer.mlp
         mlp.gate_proj.weight = mx.concatenate([mlp.gate_proj.weight, m1])
         mlp.up_proj.weight = mx.concatenate([mlp.up_proj.weight, m2])
@@ -125,7 +123,7 @@ def test_the_cache_carries_the_memory_through_decoding(anchor):
     pieces = [model(tokens()[:, :4], cache=cache)]
     pieces += [model(tokens()[:, t : t + 1], cache=cache) for t in range(4, 9)]
     assert_close(mx.concatenate(pieces, axis=1), whole)
-    assert_equal(cache[-1][0], memory)
+    assert_equal(mx.concatenate([one.reshape(2, -1) for one in cache[-1].cache], axis=1), memory)
 
 
 def test_a_memory_that_is_passed_goes_before_that_of_the_cache(anchor):
@@ -153,7 +151,8 @@ def test_extract_takes_one_sequence_out_of_a_batch(anchor):
     model = attach(anchor, CONFIG)
     memory = random_memory(3)
     entry = filled_cache(model, memory)[-1]
-    assert_equal(entry.extract(1)[0], memory[1:2])
+    for one, whole in zip(entry.extract(1).cache, entry.cache, strict=True):
+        assert_equal(one, whole[1:2])
     assert filled_cache(model, None)[-1].extract(1)[0] is None
 
 
@@ -163,11 +162,12 @@ def test_only_the_layers_of_the_config_change(anchor):
     assert [type(layer.mlp) is old for layer, old in zip(anchor.layers, classes, strict=True)] == [
         False, True, False,
     ]  # fmt: skip
-    blocks = [mx.array(model.init_block(level, 0)) for level in (1, 2)]
-    assert model.join(blocks).shape == (2, 3, R, D)
+    blocks = [mx.array(model.init_block(level, 0))[None] for level in (1, 2)]
+    assert model.join(blocks).shape == (1, 2 * 3 * R * D)
     memory = random_memory(1, layers=2)
     logits = model(tokens(), memory=memory)
-    padded = mx.concatenate([memory[:, :1], mx.zeros((1, 1, 3, R, D)), memory[:, 1:]], axis=1)
+    first, last = mx.split(memory, 2, axis=1)
+    padded = mx.concatenate([first, mx.zeros((1, 3 * R * D)), last], axis=1)
     assert_close(logits, attach(detach(model), CONFIG)(tokens(), memory=padded))
 
 
@@ -244,7 +244,7 @@ def test_an_error_in_a_call_leaves_no_memory_behind(anchor):
     bare = anchor(tokens())
     model = attach(anchor, CONFIG)
     with pytest.raises(ValueError):
-        model(tokens(), memory=random_memory(1)[..., :5])
+        model(tokens(), memory=random_memory(1)[:, :5])
     assert_equal(model(tokens()), bare)
 
 
@@ -264,8 +264,9 @@ def _during_call(model: MemoryModel, watch) -> None:
 
 def test_attaching_twice_is_refused(anchor):
     attach(anchor, CONFIG)
-    with pytest.raises(ConfigError, match="layer 0 of the anchor has a memory already"):
-        attach(anchor, CONFIG)
+    for kind in ("ffn", "lora_ffn", "kv"):
+        with pytest.raises(ConfigError, match="the anchor has a memory already"):
+            attach(anchor, replace(CONFIG, kind=kind))
 
 
 def test_another_anchor_than_the_banks_is_refused(anchor):
@@ -287,7 +288,7 @@ def test_an_ffn_without_a_gate_is_refused():
         model_type="starcoder2", hidden_size=D, num_hidden_layers=2, intermediate_size=48,
         num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="layer 0 .*starcoder2.* needs? a SwiGLU FFN"):
+    with pytest.raises(ConfigError, match="layer 0 .*starcoder2.* has no FFN with gate_proj"):
         attach(starcoder2.Model(args), CONFIG)
 
 

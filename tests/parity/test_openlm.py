@@ -173,7 +173,7 @@ def test_ffn_memory_is_wider_matrices(layers):
     memory = random_memory(len(at), 7, seed=2)
     expected = reference(weights, TOKENS, memory, at)
     assert np.abs(expected - reference(weights, TOKENS)).max() > 0.5
-    assert_close(model(mx.array(TOKENS), memory=mx.array(memory)[None]), expected)
+    assert_close(model(mx.array(TOKENS), memory=mx.array(memory).reshape(1, -1)), expected)
 
 
 def test_each_sequence_has_its_own_memory_with_a_cache():
@@ -183,8 +183,7 @@ def test_each_sequence_has_its_own_memory_with_a_cache():
     expected = np.concatenate(
         [reference(weights, TOKENS[i : i + 1], memory) for i, memory in enumerate(memories)]
     )
-    cache = model.make_cache()
-    cache[-1][0] = mx.array(np.stack(memories))
+    cache = model.make_cache(mx.array(np.stack(memories)).reshape(2, -1))
     tokens = mx.array(TOKENS)
     pieces = [model(tokens[:, :6], cache=cache)]
     pieces += [model(tokens[:, t : t + 1], cache=cache) for t in range(6, tokens.shape[1])]

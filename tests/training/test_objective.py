@@ -49,7 +49,7 @@ def test_cross_entropy_and_its_gradient_equal_mlx():
 
 def test_packed_documents_score_as_they_do_alone():
     model = attach(anchor(), MemoryConfig((3, 2), branching=2))
-    memory = mx.random.normal((1, 2, 3, 5, 16)) * 0.3
+    memory = mx.random.normal((1, 2 * 3 * 5 * 16)) * 0.3
     documents = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
     packed = mx.array([sum(([*d, 0] for d in documents), [])])
     loss, count = next_token_loss(model, packed, memory, end_of_text=0)

@@ -79,7 +79,7 @@ def test_the_steps_are_those_of_the_trainer(place, tmp_path):
     corpus = Corpus.open(place / "corpus")
     start = setup.open_start(corpus, str(place / "anchor"), None, 0)
     setup.freeze(start.anchor, ["*embed*"], True)
-    memory = setup.memory_config(corpus, start.anchor, "anchor", (4, 2), None, "bfloat16")
+    memory = setup.memory_config(corpus, start.anchor, "anchor", (4, 2), "uniform", "bfloat16")
     config = TrainConfig(
         "cotrain", iters=6, batch_size=4, grad_accumulation_steps=2, learning_rate=0.01
     )
