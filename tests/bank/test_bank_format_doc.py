@@ -14,7 +14,7 @@ from mlx_hiermem.bank.dtypes import from_storage
 from mlx_hiermem.bank.layout import expected_files
 from mlx_hiermem.bank.quantize import quantize_bank
 from mlx_hiermem.bank.store import MemoryBank
-from mlx_hiermem.config import MemoryConfig
+from mlx_hiermem.config import KINDS, AnchorShape, MemoryConfig
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 
@@ -33,7 +33,7 @@ def test_the_reader_in_the_document_reads_every_block(tmp_path, make, dtype, lay
     space: dict = {}
     exec(compile(code, str(FORMAT), "exec"), space)
     for level in config.memory_levels:
-        shape = (len(layers or range(2)), 3, config.ranks[level - 1], 4)
+        shape = (len(layers or range(2)), 3 * config.ranks[level - 1] * 4)
         for cluster in range(config.clusters(level)):
             block = space["read_block"](tmp_path, level, cluster)
             expected = from_storage(written.stored[level][cluster], dtype).reshape(shape)
@@ -89,3 +89,16 @@ def test_a_quantised_block_is_what_the_document_says(tmp_path, make, bits):
     np.testing.assert_allclose(numbers.reshape(-1), fetched, rtol=1e-6, atol=1e-6)
     error = np.abs(fetched - written.stored[level][cluster]).max()
     assert 0 < error < 6 / 2**bits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_and_matrices_of_every_kind(kind):
+    """The table of kinds: widths of the rows, and numbers in a block."""
+    sizes = {"d": 8, "f": 12, "A": 4 * 3, "K": 2 * 3, "L": 5, "r": 7}
+    shape = AnchorShape(5, 8, 12, 4, 3, 2)
+    (line,) = re.findall(rf"^\| `{kind}` \| (.*) \| (.*) \|$", FORMAT.read_text(), re.MULTILINE)
+    widths = [sizes[part.rpartition(": ")[2]] for part in line[0].split(", ")]
+    config = MemoryConfig((7,), kind=kind)
+    assert config.row_widths(shape) == tuple(widths) * 5
+    product = re.sub(r"(?<=[\w)]) (?=[\w(])", "*", re.sub(r"(\d)([a-zA-Z])", r"\1*\2", line[1]))
+    assert config.block_size(1, shape) == eval(product, {}, sizes)
