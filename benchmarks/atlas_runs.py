@@ -66,8 +66,8 @@ class Result:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help=f"of each run (default: {STEPS})")
     parser.add_argument(
-        "--rate", type=float, default=RATE, metavar="X",
-        help="peak learning rate of each run (default: %(default)g)",
+        "--rate", type=float, metavar="X",
+        help=f"peak learning rate of each run (default: {RATE:g}, or what the kind wants)",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="ask only N questions, evenly drawn")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the runs")
@@ -86,11 +86,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("steps", "limit", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1")
-    if not 0 < args.rate < math.inf:
+    if args.rate is not None and not 0 < args.rate < math.inf:
         raise InputError(f"--rate is {args.rate}; expected more than 0")
     return {
         "steps": args.steps or (SMOKE_STEPS if args.smoke else STEPS),
-        "rate": args.rate,
+        "rate": args.rate or RATE,
         "questions": args.limit or (SMOKE_QUESTIONS if args.smoke else None),
         "seed": args.seed,
     }

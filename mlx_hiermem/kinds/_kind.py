@@ -85,13 +85,19 @@ def restore_call(module: nn.Module) -> None:
 
 def times_rows(x: mx.array, rows: mx.array) -> mx.array:
     """Each token's products with rows: (B, T, w), (B or 1, n, w) -> (B, T, n)."""
-    # One memory for the whole batch: plain matrices let the backend use one large product.
-    return x @ (rows[0].T if rows.shape[0] == 1 else rows.swapaxes(-1, -2))
+    if rows.shape[0] < x.shape[0]:
+        # One memory for a batch: a plain matrix lets the backend use one large product.
+        rows = rows.squeeze(0)
+    return x @ rows.swapaxes(-1, -2)
 
 
-def sum_of_rows(weights: mx.array, rows: mx.array) -> mx.array:
-    """Each token's weighted sum of rows: (B, T, n), (B or 1, n, w) -> (B, T, w)."""
-    return weights @ (rows[0] if rows.shape[0] == 1 else rows)
+def plus_sum_of_rows(out: mx.array, weights: mx.array, rows: mx.array) -> mx.array:
+    """``out`` and each token's weighted sum of rows: (B, T, w), (B, T, n), (B or 1, n, w)."""
+    if rows.shape[0] < weights.shape[0]:
+        rows = rows.squeeze(0)
+    if weights.dtype == rows.dtype == out.dtype:
+        return mx.addmm(out, weights, rows)  # one step instead of two: they count in decoding
+    return out + (weights @ rows).astype(out.dtype)
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np.ndarray:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..shapes import AnchorShape
-from ._kind import Forward, Kind, Lookup, sum_of_rows, times_rows
+from ._kind import Forward, Kind, Lookup, plus_sum_of_rows, times_rows
 from ._layers import check_sizes, part_of
 
 #: What B A x is multiplied with (section 3 of the paper).
@@ -68,4 +68,4 @@ def _adapted(base: Callable[..., mx.array], x: mx.array, *, at: int, lookup: Loo
     if memory is None:
         return out
     a, b = memory[at : at + 2]  # (B or 1, R, in), (B or 1, R, out)
-    return out + (ALPHA * sum_of_rows(times_rows(x, a), b)).astype(out.dtype)
+    return plus_sum_of_rows(out, ALPHA * times_rows(x, a), b)

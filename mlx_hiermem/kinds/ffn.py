@@ -17,11 +17,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..shapes import AnchorShape
-from ._kind import Forward, Kind, Lookup, NoPlace, sum_of_rows, times_rows, truncated_normal
+from ._kind import Forward, Kind, Lookup, NoPlace, plus_sum_of_rows, times_rows, truncated_normal
 from ._layers import GATED_FFN, check_sizes, part_of, sizes
 
-#: Products with M1 and M2 (..., 2R), one behind the other -> act(M1 x) * M2 x, (..., R).
-Activation = Callable[[mx.array], mx.array]
+#: M1 x and M2 x, (B, T, R) each -> act(M1 x) * M2 x, (B, T, R).
+Activation = Callable[[mx.array, mx.array], mx.array]
 
 
 class FFN(Kind):
@@ -51,57 +51,61 @@ class FFN(Kind):
 
         def forward(base: Callable[..., mx.array], x: mx.array) -> mx.array:
             out, memory = base(x), lookup()
-            return out if memory is None else out + branch(x, *memory, activation)
+            return out if memory is None else with_branch(out, x, *memory, activation)
 
         yield ffn, forward
 
 
-def branch(x: mx.array, m12: mx.array, m3: mx.array, activation: Activation) -> mx.array:
-    """What the memory adds to one layer's FFN output.
+def with_branch(
+    out: mx.array, x: mx.array, m12: mx.array, m3: mx.array, activation: Activation
+) -> mx.array:
+    """A layer's FFN output with what the memory adds.
 
     Args:
+        out: the anchor's FFN output (B, T, d).
         x: the FFN's input (B, T, d).
         m12: this layer's M1 and M2, (B or 1, 2R, d).
         m3: its M3 (B or 1, R, d).
         activation: the anchor's.
 
     Returns:
-        (B, T, d), in the dtype of ``x``.
+        (B, T, d), in the dtype of ``out``.
     """
-    # (B, T, d) -> (B, T, 2R) -> (B, T, R) -> (B, T, d)
-    return sum_of_rows(activation(times_rows(x, m12)), m3).astype(x.dtype)
+    # (B, T, d) -> (B, T, 2R), in two -> (B, T, R) -> (B, T, d)
+    gate, up = mx.split(times_rows(x, m12), 2, axis=-1)
+    return plus_sum_of_rows(out, activation(gate, up), m3)
 
 
 def activation_of(ffn: nn.Module) -> Activation:
     """What an FFN does between its first two matrices and its last, as a function of its own.
 
-    A copy of the FFN, which shares its other parts, runs the FFN's own code with stubs in place of
-    the three matrices: of what it is given, ``gate_proj`` hands on the first half, ``up_proj`` the
-    second, and ``down_proj`` all. So no architecture has to be known by name.
+    A copy of the FFN, which shares its other parts, runs the FFN's own code on the pair of both
+    products, with stubs in place of the three matrices: ``gate_proj`` hands on the first,
+    ``up_proj`` the second, ``down_proj`` what it is given. So no architecture has to be known by
+    name.
 
     Raises:
         NoPlace: what it does mixes the inner dimension, so that it cannot be widened.
     """
     stub = copy.copy(ffn)
-    stub["gate_proj"] = lambda halves: mx.split(halves, 2, axis=-1)[0]
-    stub["up_proj"] = lambda halves: mx.split(halves, 2, axis=-1)[1]
+    stub["gate_proj"] = lambda pair: pair[0]
+    stub["up_proj"] = lambda pair: pair[1]
     stub["down_proj"] = lambda inner: inner
     run = type(ffn).__call__
 
-    def activation(halves: mx.array) -> mx.array:
-        return run(stub, halves)
+    def activation(gate: mx.array, up: mx.array) -> mx.array:
+        return run(stub, (gate, up))
 
     mixes = NoPlace(
         f"has an FFN ({type(ffn).__name__}) that does more between its matrices than to multiply "
         "up by an activation of gate, so it cannot be widened"
     )
     width = 4
-    halves = mx.array(np.linspace(-1.0, 1.0, 2 * width, dtype=np.float32))[None, None]
+    gate, up = (mx.array(np.linspace(at, 1, width, dtype=np.float32))[None, None] for at in (-1, 2))
+    other = 0.25 * (mx.arange(width) == 0)
     try:
-        out = activation(halves)
-        changed = [
-            activation(halves + 0.25 * (mx.arange(2 * width) == at)) != out for at in (0, width)
-        ]
+        out = activation(gate, up)
+        changed = [activation(gate + other, up) != out, activation(gate, up + other) != out]
         mx.eval(out, changed)
     except Exception as error:  # code of any architecture, which may want anything
         raise mixes from error

@@ -40,11 +40,13 @@ def test_the_branch_is_a_small_ffn_with_the_anchors_activation(name, batch):
     make, activation = FFNS[name]
     x, memory = normal(2, 5, WIDTH), normal(batch, 3, 4, WIDTH, seed=1)
     m12, m3 = mx.array(memory[:, :2]).reshape(batch, -1, WIDTH), mx.array(memory[:, 2])
-    out = ffn.branch(mx.array(x), m12, m3, ffn.activation_of(make()))
+    before = normal(2, 5, WIDTH, seed=2)
+    given = mx.array(before), mx.array(x), m12, m3
+    out = ffn.with_branch(*given, ffn.activation_of(make()))
     assert out.shape == x.shape
     for row in range(2):
         m1, m2, m3 = memory[row % batch]
-        expected = (activation(x[row] @ m1.T) * (x[row] @ m2.T)) @ m3
+        expected = before[row] + (activation(x[row] @ m1.T) * (x[row] @ m2.T)) @ m3
         np.testing.assert_allclose(np.array(out[row]), expected, atol=2e-4)
 
 
@@ -53,7 +55,7 @@ def test_what_the_branch_gives_has_the_dtype_of_the_anchor(dtype):
     activation = ffn.activation_of(FFNS["swiglu"][0]())
     x = mx.array(normal(2, 5, WIDTH)).astype(dtype)
     memory = mx.array(normal(1, 12, WIDTH)).astype(mx.bfloat16)
-    assert ffn.branch(x, memory[:, :8], memory[:, 8:], activation).dtype == dtype
+    assert ffn.with_branch(x, x, memory[:, :8], memory[:, 8:], activation).dtype == dtype
 
 
 def test_the_activation_leaves_the_ffn_as_it_was():
