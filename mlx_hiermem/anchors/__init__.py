@@ -16,6 +16,7 @@ from mlx_lm.utils import load_tokenizer as _load_tokenizer
 from ..errors import ConfigError, FormatError
 from ..shapes import AnchorShape
 from . import openlm
+from .rope import older_keys
 
 #: What no weight is stored as: they are floating-point, or quantised and packed in uint32 (with
 #: scales in uint8 in some modes).
@@ -25,10 +26,15 @@ _WRONG_DTYPES = (
 
 
 def get_model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    """Model and argument class for a ``config.json``: what mlx-lm's ``load_model`` asks for."""
+    """Model and argument class for a ``config.json``: what mlx-lm's ``load_model`` asks for.
+
+    Keys that only transformers 5 writes are added to it in the words that the model reads.
+    """
     if config.get("model_type") == "openlm":
         return openlm.Model, openlm.ModelArgs
-    return _get_classes(config)
+    model, arguments = _get_classes(config)
+    config.update(older_keys(config, arguments))
+    return model, arguments
 
 
 def load_anchor(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
