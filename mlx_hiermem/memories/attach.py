@@ -102,7 +102,7 @@ class MemoryModel(nn.Module):
             )
         self._call.layers = memory
         try:
-            return self.anchor(inputs, cache, **options)
+            return self.anchor(inputs, cache=cache, **options)
         finally:
             self._call.layers = None
 
