@@ -11,19 +11,24 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generation_stream, stream_generate
+import numpy as np
+from mlx_lm.generate import stream_generate
 
 from . import scoring
 from .anchors import compute_dtype
 from .bank.report import FetchedMemory, FetchReport
 from .bank.store import MemoryBank
 from .errors import FormatError, InputError
+from .refetch import DEFAULT_KV_CACHE, Answer, Refetch
 from .routing.encoder import Encoder
 from .routing.tree import ClusterPath, ClusterTree
+
+if TYPE_CHECKING:
+    from .conversation import KeptCache
 
 #: What ``memory`` may be: one of these words, or the ids of a cluster path.
 MEMORIES = ("fetched", "generic", "none")
@@ -62,13 +67,15 @@ class Response:
     Attributes:
         text: the text since the last piece.
         token: the last token.
-        memory: "fetched", "generic", "none" or "path".
+        memory: "fetched", "generic", "none" or "path": the memory that this token was drawn with.
         path: the cluster path that was fetched, or None.
-        fetch: the fetch report of this answer.
+        fetch: the fetch report of that memory.
         prompt_tokens, generation_tokens: how many so far.
         prompt_tps, tokens_per_second: speed of prefill and of decoding, tokens per second.
         peak_memory: of MLX, in bytes.
         finish_reason: "stop" (end of text), "length", or None while it goes on.
+        refetches: how often the memory had changed since the first token.
+        cached_tokens: of the prompt's tokens, those that were not prefilled but reused.
     """
 
     text: str
@@ -82,6 +89,8 @@ class Response:
     tokens_per_second: float
     peak_memory: int
     finish_reason: str | None
+    refetches: int = 0
+    cached_tokens: int = 0
 
 
 class MemoryLM:
@@ -92,7 +101,7 @@ class MemoryLM:
             ``prompt_cache``.
         tokenizer: mlx-lm's tokenizer wrapper.
         bank: the :class:`MemoryBank`; ``bank.block(level, cluster)`` switches a block off.
-        tree, encoder: what routes.
+        tree, encoder: what routes; None where the bank has no tree.
         context_length: the longest context in tokens, prompt and answer together, or None when
             the anchor's config does not say.
 
@@ -104,8 +113,8 @@ class MemoryLM:
         model: nn.Module,
         tokenizer: Any,
         bank: MemoryBank,
-        tree: ClusterTree,
-        encoder: Encoder,
+        tree: ClusterTree | None,
+        encoder: Encoder | None,
         config: dict[str, Any],
     ):
         self.model = model
@@ -124,16 +133,35 @@ class MemoryLM:
         """The cluster path of a text (section 2 of the paper).
 
         Raises:
-            InputError: the text is empty, or not valid Unicode.
+            InputError: the text is empty, or not valid Unicode; the bank has no tree.
         """
         return self._routes([text])[0]
+
+    def assign(self, texts: Sequence[str]) -> np.ndarray:
+        """The ids of the cluster paths of many texts, (n, levels) int64.
+
+        Raises:
+            InputError: the bank has no tree.
+        """
+        tree, encoder = self._router()
+        return tree.assign(encoder.encode(texts))[0]
 
     def _routes(self, texts: Sequence[str]) -> list[ClusterPath]:
         for text in texts:
             if not text.strip():
                 raise InputError("the text to route is empty; give it at least one word")
             _check_unicode(text)
-        return self.tree.route(self.encoder.encode(texts))
+        tree, encoder = self._router()
+        return tree.route(encoder.encode(texts))
+
+    def _router(self) -> tuple[ClusterTree, Encoder]:
+        if self.tree is None or self.encoder is None:
+            raise InputError(
+                f"{self.bank.folder}: this bank has no tree, so no text can be routed; make a "
+                "corpus with `mlx_hiermem cluster` and train on it, or ask with --memory none, "
+                "--memory generic or --path"
+            )
+        return self.tree, self.encoder
 
     def fetch(self, memory: Memory = "fetched", text: str | None = None) -> Fetched:
         """Fetch a memory.
@@ -236,9 +264,12 @@ class MemoryLM:
         max_tokens: int = 256,
         sampler: Callable[[mx.array], mx.array] | None = None,
         route_on: str | None = None,
+        refetch: str | Refetch = "never",
+        kv_cache: str = DEFAULT_KV_CACHE,
+        kept: KeptCache | None = None,
         **options: Any,
     ) -> Iterator[Response]:
-        """Generate, piece by piece, with one memory that is fetched before the first token.
+        """Generate, piece by piece, with a memory that is fetched before the first token.
 
         Args:
             prompt: text, or its tokens.
@@ -246,48 +277,78 @@ class MemoryLM:
             max_tokens: the longest answer; the context's end stops it too.
             sampler: log-probabilities -> token; mlx-lm's ``make_sampler``. Default: greedy.
             route_on: the text that is routed; default: the prompt.
-            options: handed on to mlx-lm's ``generate_step`` (``logits_processors``, ...).
+            refetch: "tokens:N" routes the newest text again after every N tokens, and changes
+                the memory where the path differs ("fetched" only); "never" and "turn" are the
+                same here, where there is one turn. See ``refetch.Refetch``.
+            kv_cache: what becomes of the keys and values so far, once the memory has changed:
+                "keep" or "recompute". A :class:`Refetch` brings its own.
+            kept: the KV cache of an earlier text (``conversation.KeptCache``), from which what
+                this prompt begins with is reused; holds this text afterwards.
+            options: handed on to mlx-lm's ``generate_step`` (``logits_processors``, ...), which
+                sees the tokens that are prefilled, not those that are reused.
 
         Raises:
             InputError: the prompt is empty or longer than the context.
         """
+        policy = Refetch.parse(refetch, kv_cache)
+        answer = self._begin(prompt, memory, max_tokens, route_on, policy, kept)
+        used, refetches, checked = answer.fetched, 0, None
+        with self._generating(answer):
+            pieces = stream_generate(
+                self.model,
+                self.tokenizer,
+                answer.to_prefill,
+                max_tokens=answer.max_tokens,
+                sampler=sampler,
+                prompt_cache=answer.cache,
+                **options,
+            )
+            with closing(pieces):
+                for piece in pieces:
+                    answer.add([piece.token])
+                    if used is not checked and mx.isnan(piece.logprobs).any().item():
+                        raise self.not_a_number(used)
+                    checked = used
+                    yield Response(
+                        text=piece.text,
+                        token=piece.token,
+                        memory=used.kind,
+                        path=used.path,
+                        fetch=used.report,
+                        prompt_tokens=answer.cached + piece.prompt_tokens,
+                        prompt_tps=piece.prompt_tps,
+                        generation_tokens=piece.generation_tokens,
+                        tokens_per_second=piece.generation_tps,
+                        peak_memory=mx.get_peak_memory(),
+                        finish_reason=piece.finish_reason,
+                        refetches=refetches,
+                        cached_tokens=answer.cached,
+                    )
+                    # The next token is drawn already; a memory fetched now draws those after it.
+                    used, refetches = answer.fetched, answer.refetches
+                    answer.refetch_if_due()
+
+    def _begin(
+        self,
+        prompt: str | Sequence[int],
+        memory: Memory,
+        max_tokens: int,
+        route_on: str | None,
+        policy: Refetch,
+        kept: KeptCache | None,
+    ) -> Answer:
+        """Check a prompt, fetch its memory and make its cache; see :meth:`stream`."""
         tokens, text = self._prompt(prompt)
         if max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}; expected at least 1")
         if self.context_length is not None:
             max_tokens = min(max_tokens, self.context_length - len(tokens))
         fetched = self.fetch(memory, text if route_on is None else route_on)
-        with self._generating(fetched):
-            pieces = stream_generate(
-                self.model,
-                self.tokenizer,
-                tokens,
-                max_tokens=max_tokens,
-                sampler=sampler,
-                prompt_cache=self._cache(fetched),
-                **options,
-            )
-            with closing(pieces):
-                for number, piece in enumerate(pieces):
-                    if number == 0 and mx.isnan(piece.logprobs).any().item():
-                        raise self.not_a_number(fetched)
-                    yield Response(
-                        text=piece.text,
-                        token=piece.token,
-                        memory=fetched.kind,
-                        path=fetched.path,
-                        fetch=fetched.report,
-                        prompt_tokens=piece.prompt_tokens,
-                        prompt_tps=piece.prompt_tps,
-                        generation_tokens=piece.generation_tokens,
-                        tokens_per_second=piece.generation_tps,
-                        peak_memory=mx.get_peak_memory(),
-                        finish_reason=piece.finish_reason,
-                    )
+        return Answer(self, tokens, route_on, fetched, policy, max_tokens, kept)
 
     @contextmanager
-    def _generating(self, fetched: Fetched) -> Iterator[None]:
-        """While an answer is generated with a memory; gives the memory back when it has ended.
+    def _generating(self, answer: Answer) -> Iterator[None]:
+        """While an answer is generated; gives its memory back when it has ended.
 
         Every step that was begun is evaluated, and waited for, before that. Where that cannot be
         known (an error in the midst of a step, another thread that closes the generator) the memory
@@ -305,9 +366,7 @@ class MemoryLM:
                 raise
         finally:
             self._streams -= 1
-            if clean:
-                mx.synchronize(generation_stream)
-                fetched.release()
+            answer.end(clean)
             if self._ahead is not None and not self._streams and thread == threading.get_ident():
                 ahead, self._ahead = self._ahead, None
                 self.bank.prefetch(ahead.ids)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
 
 from .anchors import load_anchor, load_anchor_tokenizer
 from .bank.parts import Part
 from .bank.store import MemoryBank
+from .config import MemoryConfig
 from .engine import MemoryLM
 from .errors import ConfigError
 from .memories import attach
 from .models import find_model
-from .routing.encoder import load_encoder
+from .routing.encoder import Encoder, load_encoder
 from .routing.tree import ClusterTree
 
 
@@ -30,6 +34,8 @@ def load(
     progress: Callable[[int, int], None] | None = None,
 ) -> MemoryLM:
     """Load an anchor with its memory bank.
+
+    A bank without a tree (``mlx_hiermem init`` makes such) gives a model that cannot route.
 
     Args:
         path_or_repo: a model folder, the name of a model that ships ("atlas"), or a Hub repository.
@@ -64,22 +70,9 @@ def load(
     try:
         anchor, config = load_anchor(folder)
         tokenizer = load_anchor_tokenizer(folder, config)
-        tree = ClusterTree.load(memory_folder / "tree.safetensors")
-        if (tree.branching, tree.levels) != (store.config.branching, store.config.levels):
-            raise ConfigError(
-                f"{memory_folder / 'tree.safetensors'}: branching {tree.branching}, levels "
-                f"{tree.levels}; config.json says {store.config.branching} and "
-                f"{store.config.levels}; they do not belong together, download the bank again"
-            )
-        encoder = load_encoder(
-            store.config.encoder, folder=memory_folder, anchor=anchor, tokenizer=tokenizer
-        )
-        if encoder.width != tree.width:
-            raise ConfigError(
-                f"{memory_folder / 'tree.safetensors'}: grown on vectors {tree.width} wide, the "
-                f"encoder of config.json gives {encoder.width}; they do not belong together, "
-                "download the bank again"
-            )
+        tree, encoder = None, None
+        if (memory_folder / "tree.safetensors").is_file():  # a fresh bank may have none
+            tree, encoder = _load_routing(memory_folder, store.config, anchor, tokenizer)
         try:
             model = attach(anchor, store.config)
         except ConfigError as error:
@@ -88,3 +81,23 @@ def load(
     except BaseException:
         store.close()
         raise
+
+
+def _load_routing(
+    folder: Path, config: MemoryConfig, anchor: nn.Module, tokenizer: Any
+) -> tuple[ClusterTree, Encoder]:
+    path = folder / "tree.safetensors"
+    tree = ClusterTree.load(path)
+    if (tree.branching, tree.levels) != (config.branching, config.levels):
+        raise ConfigError(
+            f"{path}: branching {tree.branching}, levels {tree.levels}; config.json says "
+            f"{config.branching} and {config.levels}; they do not belong together, download the "
+            "bank again"
+        )
+    encoder = load_encoder(config.encoder, folder=folder, anchor=anchor, tokenizer=tokenizer)
+    if encoder.width != tree.width:
+        raise ConfigError(
+            f"{path}: grown on vectors {tree.width} wide, the encoder of config.json gives "
+            f"{encoder.width}; they do not belong together, download the bank again"
+        )
+    return tree, encoder

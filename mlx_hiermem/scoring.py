@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import InputError
+from .refetch import DEFAULT_KV_CACHE, Refetch
 
 if TYPE_CHECKING:
+    from .conversation import KeptCache
     from .engine import Memory, MemoryLM
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How likely an answer was, and what it took.
+
+    Attributes:
+        logprobs: (n,) float32, the log-probability of each token, in nats.
+        refetches: how often another memory was fetched on the way.
+        prefilled: tokens that were prefilled, the prompt's among them; the answer's own are not.
+    """
+
+    logprobs: np.ndarray
+    refetches: int
+    prefilled: int
 
 
 def score(
@@ -100,6 +118,61 @@ def perplexity(lm: MemoryLM, texts: Sequence[str], memory: Memory, batch_size: i
     if not count:
         raise InputError("the texts hold no two tokens in a row; perplexity needs longer ones")
     return math.exp(total / count)
+
+
+def score_answer(
+    lm: MemoryLM,
+    prompt: str | Sequence[int],
+    answer: Sequence[int],
+    memory: Memory = "fetched",
+    route_on: str | None = None,
+    refetch: str | Refetch = "never",
+    kv_cache: str = DEFAULT_KV_CACHE,
+    kept: KeptCache | None = None,
+) -> Scored:
+    """How likely ``stream`` would have been to give this answer, token by token.
+
+    The answer is fed in place of what the model would say; memory and cache change by the same
+    :class:`Answer`, at the same tokens, with the same lag.
+
+    Args:
+        answer: tokens.
+        prompt, memory, route_on, refetch, kv_cache, kept: as in ``MemoryLM.stream``.
+
+    Raises:
+        InputError: the answer is empty, or longer than the context has room for.
+    """
+    answer = [int(token) for token in answer]
+    policy = Refetch.parse(refetch, kv_cache)
+    run = lm._begin(prompt, memory, max(1, len(answer)), route_on, policy, kept)
+    if not 0 < len(answer) <= run.max_tokens:
+        raise InputError(
+            f"the answer has {len(answer)} tokens; expected 1 to {run.max_tokens}, where the "
+            "context ends"
+        )
+    scores: list[np.ndarray] = []
+
+    def feed(tokens: Sequence[int], first: int, count: int) -> None:
+        """Feed tokens; the last ``count`` outputs predict the answer's tokens from ``first`` on."""
+        logits = lm.model(mx.array(tokens)[None], cache=run.cache)[0].astype(mx.float32)
+        targets = mx.array(answer[first : first + count])
+        if len(targets):
+            logits = logits[-count:][: len(targets)]
+            chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+            scores.append(np.array(chosen - mx.logsumexp(logits, axis=-1)))
+
+    with lm._generating(run):
+        feed(run.to_prefill, 0, 1)
+        done = 0
+        while done < len(answer):
+            count = run.until_due()
+            piece = answer[done : done + count]
+            feed(piece, done + 1, len(piece))
+            run.add(piece)
+            done += len(piece)
+            run.refetch_if_due()
+    prefilled = len(run.to_prefill) + run.recomputed
+    return Scored(np.concatenate(scores), run.refetches, prefilled)
 
 
 def _token_scores(

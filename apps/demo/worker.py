@@ -23,7 +23,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_hiermem.commands.generate import chat_tokens
 from mlx_hiermem.errors import HierMemError
 
 if TYPE_CHECKING:
@@ -268,6 +267,8 @@ class ModelThread:
 
 
 def _stream(lm: MemoryLM, ask: Ask) -> Iterator[Response]:
+    from mlx_hiermem.conversation import chat_tokens
+
     prompt: str | list[int] = ask.prompt
     if lm.tokenizer.has_chat_template and prompt.strip():
         prompt = chat_tokens(lm, [{"role": "user", "content": prompt}])

@@ -98,7 +98,7 @@ def _routing(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         [name, str(shares["n"]), *map(_percent, shares["levels"])]
         for name, shares in {**families, "all": result}.items()
     ]
-    header = ["family", "n", *(f"level {level}" for level in range(1, lm.tree.levels + 1))]
+    header = ["family", "n", *(f"level {level}" for level in range(1, lm.bank.config.levels + 1))]
     if args.by_family:
         result = {**result, "by_family": families}
     title = "Questions that land where their fact was trained, in %."

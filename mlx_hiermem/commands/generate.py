@@ -14,12 +14,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError, InputError
+from ..errors import InputError
 from .options import add_model_arguments, load_model
 from .tables import show_fetch, show_speed, show_tiers
 
 if TYPE_CHECKING:
     from ..engine import MemoryLM, Response
+    from ..refetch import Refetch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fetch this cluster path, one id per level such as 3,50, whatever --memory says",
     )
     add_answer_arguments(parser)
+    add_refetch_arguments(parser, "never")
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",
@@ -43,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..conversation import chat_tokens
+
     check_answer_arguments(args)
+    refetch = parse_refetch(args)
     text = _read_stdin() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise InputError("--prompt: it is empty; give it at least one word")
@@ -53,22 +58,27 @@ def run(args: argparse.Namespace) -> int:
     if lm.tokenizer.has_chat_template and not args.ignore_chat_template:
         prompt = chat_tokens(lm, [{"role": "user", "content": text}])
     memory = args.memory if args.path is None else args.path
-    pieces = lm.stream(prompt, memory, args.max_tokens, sampler, route_on=text)
+    pieces = lm.stream(prompt, memory, args.max_tokens, sampler, text, refetch)
     if args.json:
         pieces = list(pieces)
         answer = "".join(piece.text for piece in pieces)
-        print(json.dumps(to_dict(answer, pieces[-1]), ensure_ascii=False))
+        given = to_dict(answer, pieces[-1])
+        if refetch.when == "tokens":
+            given["refetches"] = pieces[-1].refetches
+        print(json.dumps(given, ensure_ascii=False))
         return 0
     _, last = write(pieces)
     held = [show_tiers(lm.bank)] if args.tier or args.memory_budget else []
-    print("\n".join([show_fetch(last), *held, show_speed(last)]), file=sys.stderr)
+    changed = [f"memory changed {show_times(last.refetches)}"] if refetch.when == "tokens" else []
+    print("\n".join([show_fetch(last), *changed, *held, show_speed(last)]), file=sys.stderr)
     return 0
 
 
 def to_dict(text: str, last: Response) -> dict[str, Any]:
     """What ``--json`` prints: the whole answer and the facts of its last piece.
 
-    ``peak_memory`` is in bytes, ``generation_tps`` in tokens per second.
+    ``peak_memory`` is in bytes, ``generation_tps`` in tokens per second; ``run`` adds
+    ``refetches`` where the memory may change on the way.
     """
     return {
         "text": text,
@@ -124,6 +134,43 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         help="sample from the likeliest tokens that make up this share (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
+
+
+def add_refetch_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options of when a memory is fetched anew."""
+    parser.add_argument(
+        "--refetch",
+        default=default,
+        metavar="WHEN",
+        help="when the memory is routed anew: never, turn (for each message of a chat) or tokens:N "
+        "(also after every N tokens of an answer) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("keep", "recompute"),
+        default="keep",
+        help="what becomes of the keys and values so far when the memory changes; docs/topics.md "
+        "has figures (default: %(default)s)",
+    )
+
+
+def parse_refetch(args: argparse.Namespace) -> Refetch:
+    """What ``add_refetch_arguments`` added.
+
+    Raises:
+        InputError: naming the option.
+    """
+    from ..refetch import Refetch
+
+    try:
+        return Refetch.parse(args.refetch, args.kv_cache)
+    except InputError as error:
+        raise InputError(f"--{error}") from None
+
+
+def show_times(count: int) -> str:
+    """How often, in words."""
+    return "once" if count == 1 else f"{count} times"
 
 
 def check_answer_arguments(args: argparse.Namespace) -> None:
@@ -184,22 +231,6 @@ def prepare(lm: MemoryLM, args: argparse.Namespace) -> Callable[..., Any]:
     if args.seed is not None:
         mx.random.seed(args.seed)
     return make_sampler(args.temp, args.top_p)
-
-
-def chat_tokens(lm: MemoryLM, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation under the tokenizer's chat template.
-
-    Raises:
-        FormatError: the template cannot be applied.
-    """
-    try:
-        return list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    except Exception as error:  # a template is a program of the model's, which may raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise FormatError(
-            f"the tokenizer's chat template cannot be applied ({reason}); mend chat_template in "
-            "the model folder, or use generate with --ignore-chat-template"
-        ) from error
 
 
 def write(pieces: Iterator[Response]) -> tuple[str, Response]:

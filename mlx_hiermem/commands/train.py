@@ -47,17 +47,31 @@ class Places:
     )
     ranks: tuple[int, ...] | None = field(
         default=None,
-        metadata=_words("memory config, one rank per level", default="256,64,16,0 for 4 levels"),
+        metadata=_words(
+            "memory config, one rank per level",
+            default="those of the model's bank, else 256,64,16,0 for 4 levels",
+        ),
     )
-    kind: str = field(
-        default="ffn", metadata=_words("of memory: ffn, kv, lora_ffn, lora_qk or lora_vo")
+    kind: str | None = field(
+        default=None,
+        metadata=_words(
+            "of memory: ffn, kv, lora_ffn, lora_qk or lora_vo",
+            default="that of the model's bank, else ffn",
+        ),
     )
-    memory_layers: tuple[str, ...] = field(
-        default=("uniform",),
-        metadata=_words("with memory: uniform, early, middle, late, or indices such as 0,3,5"),
+    memory_layers: tuple[str, ...] | None = field(
+        default=None,
+        metadata=_words(
+            "with memory: uniform, early, middle, late, or indices such as 0,3,5",
+            default="those of the model's bank, else uniform",
+        ),
     )
-    bank_dtype: Literal["bfloat16", "float16", "float32"] = field(
-        default="bfloat16", metadata=_words("of the blocks in the finished model")
+    bank_dtype: Literal["bfloat16", "float16", "float32"] | None = field(
+        default=None,
+        metadata=_words(
+            "of the blocks in the finished model",
+            default="that of the model's bank, else bfloat16",
+        ),
     )
     memory_budget: int | None = field(
         default=None,
@@ -258,13 +272,14 @@ def _train_in(
                 corpus.tree()  # is checked by that; it goes into the model
                 setup.check_encoder(corpus, start.anchor, config.trains_anchor)
                 name = Path(values.model or values.anchor).name
-                layers = ",".join(values.memory_layers)
-                chosen = values.ranks, layers, values.bank_dtype, values.kind
+                bank = None if values.fresh_memory else setup.bank_folder(start)
+                layers = values.memory_layers and ",".join(values.memory_layers)
+                given = values.ranks, layers, values.bank_dtype, values.kind
+                chosen = setup.like_bank(corpus, bank, *given)
                 memory = setup.memory_config(corpus, start.anchor, name, *chosen)
                 model = attach(start.anchor, memory)
                 if values.subtree is not None:
                     sequences, held_out = setup.of_subtree(corpus, memory, values.subtree)
-                bank = None if values.fresh_memory else setup.bank_folder(start)
                 budget = values.memory_budget or setup.default_budget()
                 rows = setup.open_rows(corpus, memory, values.seed, bank, folder, budget)
                 identity |= {"bank": setup.bank_revision(bank), "memory": memory.to_dict()}

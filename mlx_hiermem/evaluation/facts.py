@@ -90,8 +90,9 @@ def answer(
     """
     if not questions:
         raise InputError("there are no questions to ask; give at least one")
-    paths, _ = lm.tree.assign(lm.encoder.encode([question.prompt for question in questions]))
-    wrong = wrong_paths(paths, [question.leaves for question in questions], lm.tree.branching, seed)
+    paths = lm.assign([question.prompt for question in questions])
+    branching = lm.bank.config.branching
+    wrong = wrong_paths(paths, [question.leaves for question in questions], branching, seed)
     plan: dict[str, tuple[MemoryLM, Sequence[Memory]]] = {
         "none": (lm, ["none"] * len(questions)),
         "generic": (lm, ["generic"] * len(questions)),

@@ -24,8 +24,8 @@ def landed(lm: MemoryLM, questions: Sequence[Question]) -> np.ndarray:
         (N, p) bool: whether the prompt's cluster at level l is one above a leaf under which a
         document of the fact was trained, or that leaf itself.
     """
-    paths, _ = lm.tree.assign(lm.encoder.encode([question.prompt for question in questions]))
-    return lands(paths, [question.leaves for question in questions], lm.tree.branching)
+    paths = lm.assign([question.prompt for question in questions])
+    return lands(paths, [question.leaves for question in questions], lm.bank.config.branching)
 
 
 def lands(paths: np.ndarray, leaves: Sequence[Sequence[int]], branching: int) -> np.ndarray:

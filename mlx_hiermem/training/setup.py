@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..anchors import load_anchor, openlm
 from ..backend import device_facts
+from ..bank.layout import CONFIG
 from ..bank.manifest import MANIFEST
 from ..bank.reader import BlockReader
 from ..config import AnchorShape, MemoryConfig, placement
@@ -28,7 +29,7 @@ from ..errors import TrainingError
 from ..memories import GENERIC, start_block
 from ..models import find_model
 from ..routing.embeddings import embedding_table
-from .fingerprints import anchor_bytes, anchor_sha256
+from .fingerprints import TREE, anchor_bytes, anchor_sha256, tree_sha256
 from .rows import BankRows
 
 #: The paper's memory config for its 160M anchor.
@@ -228,6 +229,37 @@ def bank_folder(start: Start) -> Path | None:
     return memory if memory is not None and (memory / MANIFEST).is_file() else None
 
 
+def like_bank(
+    corpus: Corpus,
+    bank: Path | None,
+    ranks: Sequence[int] | None,
+    layers: str | None,
+    dtype: str | None,
+    kind: str | None,
+) -> tuple[Sequence[int] | None, str, str, str]:
+    """What of a memory config was not given (None), as in the bank that training goes on from.
+
+    Args:
+        bank: its memory folder; without one the defaults are taken.
+
+    Raises:
+        TrainingError: the bank is for a tree of another shape than the corpus's.
+    """
+    if bank is not None:
+        theirs = MemoryConfig.load(bank / CONFIG)
+        if (theirs.branching, theirs.levels) != (corpus.info.branching, corpus.info.levels):
+            raise TrainingError(
+                f"{bank}: is for a tree of branching {theirs.branching} and {theirs.levels} "
+                f"levels, that of {corpus.folder} has {corpus.info.branching} and "
+                f"{corpus.info.levels}; cluster with --branching {theirs.branching} --levels "
+                f"{theirs.levels}, or give --fresh-memory to start another bank"
+            )
+        where = "uniform" if theirs.layers is None else ",".join(map(str, theirs.layers))
+        ranks, layers = ranks or theirs.ranks, layers or where
+        dtype, kind = dtype or theirs.dtype, kind or theirs.kind
+    return ranks, layers or "uniform", dtype or "bfloat16", kind or "ffn"
+
+
 def bank_revision(bank: Path | None) -> str | None:
     """The sha256 of a bank's manifest, which names that of every file; None for no bank."""
     return None if bank is None else file_sha256(bank / MANIFEST)
@@ -245,7 +277,8 @@ def open_rows(
 
     Args:
         seed: of the start values.
-        memory: the memory folder of a bank, whose blocks training goes on from.
+        memory: the memory folder of a bank, whose blocks training goes on from: those that are not
+            zeros. One without a tree goes with any.
 
     Raises:
         TrainingError: that bank is of another tree or memory config.
@@ -262,22 +295,25 @@ def open_rows(
             f"{memory}: the bank is quantised ({reader.config.packing}); go on from the one that "
             "it was made from, or give --fresh-memory to start another"
         )
-    for name in ("kind", "ranks", "branching", "layers", "encoder"):
+    routed = (memory / TREE).is_file()
+    for name in ("kind", "ranks", "branching", "layers", *(["encoder"] if routed else [])):
         theirs, ours = getattr(reader.config, name), getattr(config, name)
         if theirs != ours:
             raise TrainingError(
                 f"{memory}: {name} is {theirs}, this run's {ours}; give the same to go on from "
                 "this bank, or --fresh-memory to start another"
             )
-    tree = hashlib.sha256((memory / "tree.safetensors").read_bytes()).hexdigest()
-    if tree != corpus.info.tree_sha256:
+    if routed and tree_sha256(memory) != corpus.info.tree_sha256:
         raise TrainingError(
             f"{memory}: its tree is not the one that {corpus.folder} was clustered with; cluster "
             f"the corpus with --tree {memory}, or give --fresh-memory to start another bank"
         )
 
     def stored(level: int, cluster: int) -> np.ndarray:
-        return reader.block(level, None if cluster == GENERIC else cluster)
+        block = reader.block(level, None if cluster == GENERIC else cluster)
+        # A block of zeros cannot learn: its gradients are zeros, or, in kv, the same for all pairs.
+        # Start values have no effect either.
+        return block if block.any() else start_block(config, level, cluster, seed)
 
     return BankRows(config, stored, state, budget)
 

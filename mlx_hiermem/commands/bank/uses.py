@@ -110,10 +110,10 @@ def of_texts(lm: MemoryLM, texts: Sequence[str], what: str, source: str) -> Uses
         bar.set_description("route")
         for start in range(0, len(texts), _BATCH):
             batch = texts[start : start + _BATCH]
-            paths, _ = lm.tree.assign(lm.encoder.encode(batch))
-            leaves[start : start + len(batch)] = paths[:, -1]
+            leaves[start : start + len(batch)] = lm.assign(batch)[:, -1]
             bar.update(len(batch))
-    return Uses.of(lm.tree.branching, lm.tree.levels, leaves, what, source)
+    config = lm.bank.config
+    return Uses.of(config.branching, config.levels, leaves, what, source)
 
 
 def of_corpus(folder: str | Path, config: MemoryConfig, memory: Path) -> Uses:

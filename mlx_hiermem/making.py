@@ -1,0 +1,289 @@
+"""Making a model folder with a fresh bank: an anchor's files, and memories that have no effect yet.
+
+Notable: no weight is loaded. Whether an anchor can have the memory is tried on its network as
+``config.json`` describes it, whose random weights are never computed. Only for a tree whose encoder
+is made of an anchor's embeddings these are loaded, to be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from .anchors import get_model_classes, load_anchor
+from .bank.blocked import BLOCKED
+from .bank.checksums import CHECKSUMS
+from .bank.files import find
+from .bank.fresh import FreshBank, write_fresh_bank
+from .bank.layout import CONFIG, GENERIC, level_of
+from .bank.manifest import FileEntry, check_sha256, read_manifest
+from .bank.parts import Part
+from .config import AnchorShape, MemoryConfig, placement
+from .corpus.folder import file_sha256
+from .corpus.info import INFO, CorpusInfo
+from .errors import ConfigError, FormatError, InputError
+from .folders import anchor_files, check_new, copy_file, model_folder
+from .memories import attach
+from .models import find_model
+from .routing.embeddings import embedding_table
+from .routing.tree import ClusterTree
+
+#: Called with (what, bytes in all, bytes done since the call before).
+Progress = Callable[[str, int, int], None]
+
+DEFAULT_BRANCHING = 16
+TREE = "tree.safetensors"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made: the model folder, the config of its memories, and the bank that was written.
+
+    ``has_tree``: whether it can be routed already.
+    """
+
+    folder: Path
+    config: MemoryConfig
+    bank: FreshBank
+    has_tree: bool
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A tree and its encoder, in some folder.
+
+    Attributes:
+        tree: the tree.
+        encoder: the entry ``encoder`` of a memory's config.
+        folder: where their files are.
+        files: names of them; with their sha256 where a manifest vouches for it.
+        embedding_sha256: of the anchor's table (float32) that the encoder is made of, if it is of
+            the type ``embeddings`` and that can be known.
+    """
+
+    tree: ClusterTree
+    encoder: dict[str, Any]
+    folder: Path
+    files: dict[str, FileEntry | None]
+    embedding_sha256: str | None
+
+
+def make_model(
+    model: str | Path,
+    out: str | Path,
+    ranks: Sequence[int],
+    *,
+    kind: str = "ffn",
+    layers: str = "uniform",
+    branching: int | None = None,
+    dtype: str = "bfloat16",
+    tree: str | Path | None = None,
+    revision: str | None = None,
+    fresh_memory: bool = False,
+    progress: Progress | None = None,
+) -> Made:
+    """Write a model folder: an anchor, and a bank of zeros (see ``bank.fresh``).
+
+    Args:
+        model: model folder, name of a model that ships, or Hub repository.
+        out: the folder to write; must be new.
+        ranks: the memory config, one rank per level.
+        kind, dtype: see :class:`MemoryConfig`.
+        layers: which have memory; see ``config.placement``.
+        branching: k; by default the tree's, else 16.
+        tree: a corpus or memory folder, whose tree and encoder go into the bank.
+        revision: of the Hub repository.
+        fresh_memory: leave a bank behind that the model has.
+
+    Raises:
+        InputError: ``out`` exists, the model has a bank, or the tree is of another shape.
+        ConfigError: there is no such model, memory config or tree, or the anchor cannot have it.
+        FormatError: something is damaged, or cannot be written.
+    """
+    check_new(Path(out).expanduser())
+    folder = find_model(model, revision, Part(levels=()))  # its bank is not wanted
+    if (folder / "memory").exists() and not fresh_memory:
+        raise InputError(
+            f"{model}: has a memory bank already; go on from it with `mlx_hiermem train --model "
+            f"{model}`, or give --fresh-memory to leave it behind"
+        )
+    anchor, shape = _build_anchor(folder)
+    names = anchor_files(folder)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ConfigError(
+            f"{folder}: no model*.safetensors; convert the model with mlx_lm.convert first"
+        )
+    routing = None if tree is None else open_routing(Path(tree).expanduser())
+    if routing is not None:
+        _check_tree(routing, len(ranks), branching)
+        branching = routing.tree.branching
+    more = {} if routing is None else {"encoder": routing.encoder}
+    config = MemoryConfig(
+        ranks=tuple(ranks),
+        kind=kind,
+        branching=DEFAULT_BRANCHING if branching is None else branching,
+        layers=placement(layers, shape.num_hidden_layers),
+        dtype=dtype,
+        base_anchor={**_base(model, folder), "shape": asdict(shape)},
+        **more,
+    )
+    try:
+        attach(anchor, config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    if routing is not None:
+        _check_embeddings(routing, folder)
+    with model_folder(out) as made:
+        memory = made / "memory"
+        for name, entry in ({} if routing is None else routing.files).items():
+            copied = copy_file(find(routing.folder, name), memory, name)
+            if entry is not None:
+                check_sha256(routing.folder / name, copied.sha256, entry)
+        bank = write_fresh_bank(memory, config, _about(progress, "checksums"))
+        sizes = {name: (folder / name).stat().st_size for name in names}
+        tell = _about(progress, "anchor")
+        for name in names:
+            copy_file(folder / name, made, name, tell and (lambda n: tell(sum(sizes.values()), n)))
+    return Made(Path(out).expanduser(), config, bank, routing is not None)
+
+
+def _about(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return progress and (lambda total, count: progress(what, total, count))
+
+
+# ---- the anchor ------------------------------------------------------------------------
+
+
+def _build_anchor(folder: Path) -> tuple[nn.Module, AnchorShape]:
+    """The network of an anchor, whose random weights are lazy and never computed; its shape."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); expected a model folder"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{path}: no model_type; expected the config.json of an mlx-lm model")
+    try:
+        AnchorShape.of(config)  # before anything is built in a size that is absurd
+        network, arguments = get_model_classes(config)
+        anchor = network(arguments.from_dict(config))
+        return anchor, AnchorShape.of(anchor)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:  # a wrong value in config.json may fail anywhere in mlx-lm
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(
+            f"{path}: the anchor cannot be built ({reason}); fetch or convert it again"
+        ) from error
+
+
+def _base(model: str | Path, folder: Path) -> dict[str, str]:
+    """Name of the anchor for the record, and its commit if it is of the Hub."""
+    if Path(model).expanduser().is_dir():
+        return {"name": folder.resolve().name}
+    found = {"name": str(model)}
+    if re.fullmatch("[0-9a-f]{40}", folder.name):
+        found["revision"] = folder.name
+    return found
+
+
+# ---- the tree --------------------------------------------------------------------------
+
+
+def open_routing(folder: Path) -> Routing:
+    """The tree and the encoder of a corpus, or of the bank of a memory or model folder.
+
+    Raises:
+        ConfigError: it is none of these, or has no tree.
+        FormatError: a file is missing or damaged.
+    """
+    corpora = [place for place in (folder, folder.parent) if (place / INFO).is_file()]
+    if corpora and (folder == corpora[0] or folder.name == "routing"):
+        return _routing_of_corpus(corpora[0])
+    memory = folder if (folder / CONFIG).is_file() and (folder / GENERIC).is_file() else None
+    memory = folder / "memory" if (folder / "memory").is_dir() else memory
+    if memory is None:
+        raise ConfigError(
+            f"{folder}: no corpus and no memory bank; give a folder that `mlx_hiermem cluster` has "
+            "made, or a memory folder"
+        )
+    return _routing_of_bank(memory)
+
+
+def _routing_of_corpus(corpus: Path) -> Routing:
+    info = CorpusInfo.load(corpus)
+    folder = corpus / "routing"
+    if not (folder / TREE).is_file():
+        raise FormatError(f"{folder / TREE}: no such file; copy the corpus again")
+    found = file_sha256(folder / TREE)
+    if found != info.tree_sha256:
+        raise FormatError(
+            f"{folder / TREE}: altered: sha256 is {found}, {INFO} says {info.tree_sha256}; copy "
+            "the corpus again"
+        )
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files: dict[str, FileEntry | None] = {
+        name.as_posix(): None
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+    }
+    tree = ClusterTree.load(folder / TREE)
+    return Routing(tree, dict(info.encoder), folder, files, info.embedding_sha256)
+
+
+def _routing_of_bank(memory: Path) -> Routing:
+    config = MemoryConfig.load(memory / CONFIG)
+    own = {CONFIG, GENERIC, CHECKSUMS, BLOCKED}
+    files: dict[str, FileEntry | None] = {
+        name: entry
+        for name, entry in read_manifest(memory).files.items()
+        if name not in own and level_of(name) is None
+    }
+    if TREE not in files:
+        raise ConfigError(f"{memory}: this bank has no tree; give one that has, or a corpus")
+    tree = ClusterTree.load(find(memory, TREE))
+    sha256 = None
+    if config.encoder["type"] == "embeddings" and (memory.parent / "config.json").is_file():
+        sha256 = _embedding_sha256(memory.parent)
+    return Routing(tree, dict(config.encoder), memory, files, sha256)
+
+
+def _check_tree(routing: Routing, levels: int, branching: int | None) -> None:
+    tree = routing.tree
+    if tree.levels != levels:
+        raise InputError(
+            f"{routing.folder / TREE}: a tree of {tree.levels} levels, but --config has {levels} "
+            "ranks; give one rank for each level"
+        )
+    if branching not in (None, tree.branching):
+        raise InputError(
+            f"{routing.folder / TREE}: a tree of branching {tree.branching}, but --branching is "
+            f"{branching}; leave it out"
+        )
+
+
+def _check_embeddings(routing: Routing, folder: Path) -> None:
+    """Raise InputError where the encoder is made of the embeddings of another anchor."""
+    if routing.encoder["type"] != "embeddings":
+        return
+    if routing.embedding_sha256 not in (None, _embedding_sha256(folder)):
+        raise InputError(
+            f"{routing.folder}: its tree was grown with the token embeddings of another anchor; "
+            "cluster the corpus with --model of this one, or with a BERT encoder"
+        )
+
+
+def _embedding_sha256(folder: Path) -> str:
+    table = embedding_table(load_anchor(folder)[0])
+    return hashlib.sha256(table.tobytes()).hexdigest()
