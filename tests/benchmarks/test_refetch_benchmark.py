@@ -97,7 +97,11 @@ def test_training_leaves_routes_and_bank_as_they_are(lm, questions):
 
 def test_the_figures_are_those_of_the_model(lm, questions):
     _, known = refetch_documents.topics(lm, questions)
-    given = refetch_documents.documents(lm, known, 2, 3)
+    given = refetch_documents.documents(lm, known, 2, 40)
+    # Some whose text is not routed to their topic, so that the oracle knows better.
+    strays = [document for document in given if lm.route(document.first).ids != document.paths[0]]
+    given = [*strays[:2], next(document for document in given if document not in strays)]
+    assert len(given) == 3
     found = refetch.run_all(lm, given, refetch.POLICIES)
     routed = refetch.run_all(lm, given, {"turn,recompute": refetch.turn("recompute")})
     for name, memory_of in (

@@ -26,7 +26,7 @@ def test_the_diff_of_the_document_makes_a_kind(tmp_path):
     assert str(tmp_path) in found.stdout and "'adapter'" in found.stdout
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "adapter"]
     ran = subprocess.run(
-        [*command, "tests/kinds/test_kinds.py"], cwd=tmp_path, capture_output=True, text=True
+        [*command, "tests/kinds/test_every_kind.py"], cwd=tmp_path, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", ran.stdout)[1]) > 30
