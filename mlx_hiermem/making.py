@@ -175,9 +175,14 @@ def _build_anchor(folder: Path) -> tuple[nn.Module, AnchorShape]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{path}: no model_type; expected the config.json of an mlx-lm model")
     try:
-        AnchorShape.of(config)  # before anything is built in a size that is absurd
+        # Before anything is built in a size that is absurd. Of a model that sees as well, the
+        # config may leave sizes to the defaults of mlx-lm's arguments.
+        if "text_config" not in config:
+            AnchorShape.of(config)
         network, arguments = get_model_classes(config)
-        anchor = network(arguments.from_dict(config))
+        args = arguments.from_dict(config)
+        AnchorShape.of(args)
+        anchor = network(args)
         return anchor, AnchorShape.of(anchor)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -61,7 +61,8 @@ class AnchorShape:
         """
         if isinstance(anchor, cls):
             return anchor
-        source = getattr(anchor, "args", anchor)
+        # Of a model that sees as well, the language model: its arguments have the defaults.
+        source = arguments_of(getattr(anchor, "language_model", anchor))
         if _get(source, "hidden_size") is None and _get(source, "text_config") is not None:
             source = _get(source, "text_config")  # of a model that sees as well
         sizes = {f.name: _get(source, f.name) for f in fields(cls)}
@@ -81,6 +82,14 @@ class AnchorShape:
                     f"the anchor's config: {name} is {shown(size)}; expected at most {most}"
                 )
         return cls(**sizes)
+
+
+def arguments_of(model: Any) -> Any:
+    """The arguments that a model of mlx-lm was made with; anything else is given back."""
+    for name in ("args", "config"):
+        if (found := getattr(model, name, None)) is not None:
+            return found
+    return model
 
 
 def _get(source: Any, name: str) -> Any:

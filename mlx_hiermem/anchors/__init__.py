@@ -34,6 +34,8 @@ def get_model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
         return openlm.Model, openlm.ModelArgs
     model, arguments = _get_classes(config)
     config.update(older_keys(config, arguments))
+    if isinstance(inner := config.get("text_config"), dict):  # of a model that sees as well
+        inner.update(older_keys(inner))
     return model, arguments
 
 

@@ -13,13 +13,19 @@ from typing import Any
 
 from ..errors import ConfigError
 
+#: What the older versions have in place of ``rope_parameters``.
+OLDER = {
+    "rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq",
+    "sliding_window_pattern",
+}  # fmt: skip
 
-def older_keys(config: Mapping[str, Any], arguments: type) -> dict[str, Any]:
+
+def older_keys(config: Mapping[str, Any], arguments: type | None = None) -> dict[str, Any]:
     """Keys to add to a ``config.json`` for a model of mlx-lm.
 
     Args:
         config: the ``config.json``.
-        arguments: the model's class of arguments.
+        arguments: the model's class of arguments; without it, it is taken to know all older keys.
 
     Returns:
         Keys that the model takes and the config lacks; empty where it knows the new ones.
@@ -29,6 +35,7 @@ def older_keys(config: Mapping[str, Any], arguments: type) -> dict[str, Any]:
     """
     given = config.get("rope_parameters")
     takes = {field.name for field in fields(arguments)} if is_dataclass(arguments) else set()
+    takes = OLDER if arguments is None else takes
     if not given or "rope_parameters" in takes or "rope_theta" not in takes:
         return {}
     try:
@@ -43,6 +50,8 @@ def older_keys(config: Mapping[str, Any], arguments: type) -> dict[str, Any]:
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_theta": float(given["rope_theta"])}
+    if "partial_rotary_factor" in given:
+        found["partial_rotary_factor"] = given["partial_rotary_factor"]
     if given.get("rope_type", "default") != "default":
         found["rope_scaling"] = {key: value for key, value in given.items() if key != "rope_theta"}
     return found

@@ -21,7 +21,10 @@ def part_of(layer: nn.Module, what: str, names: tuple[str, ...]) -> nn.Module:
     }
     found = [child for child in children.values() if all(name in child for name in names)]
     if len(found) != 1:
-        has = ", ".join(f"{name} ({type(child).__name__})" for name, child in children.items())
+        has = ", ".join(
+            f"{name} ({', '.join(child.children()) or type(child).__name__})"
+            for name, child in children.items()
+        )
         raise NoPlace(
             f"has {'no' if not found else 'more than one'} {what} with {', '.join(names)}; "
             f"it has {has[:300] or 'no parts'}"

@@ -23,6 +23,9 @@ from ._layers import GATED_FFN, check_sizes, part_of, sizes
 #: M1 x and M2 x, (B, T, R) each -> act(M1 x) * M2 x, (B, T, R).
 Activation = Callable[[mx.array, mx.array], mx.array]
 
+#: What gate and up go from and to, over the inner units, when an FFN is tried.
+ENDS = ((1, -1), (2, 1))
+
 
 class FFN(Kind):
     """Section 2 of the paper; M1 and M2 are handed over as one array."""
@@ -101,7 +104,8 @@ def activation_of(ffn: nn.Module) -> Activation:
         "up by an activation of gate, so it cannot be widened"
     )
     width = 4
-    gate, up = (mx.array(np.linspace(at, 1, width, dtype=np.float32))[None, None] for at in (-1, 2))
+    # The first, which is changed, is above 0: below it, a ReLU would not change.
+    gate, up = (mx.array(np.linspace(*ends, width, dtype=np.float32))[None, None] for ends in ENDS)
     other = 0.25 * (mx.arange(width) == 0)
     try:
         out = activation(gate, up)

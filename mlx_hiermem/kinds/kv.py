@@ -21,6 +21,9 @@ from ..shapes import AnchorShape
 from ._kind import Forward, Kind, Lookup, NoPlace, truncated_normal
 from ._layers import ATTENTION, check_sizes, part_of
 
+#: What mlx-lm's attentions call their query norm.
+QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")
+
 
 class KV(Kind):
     """Section 3 of the paper; a block that is blocked keeps its share of the softmax, as zeros."""
@@ -70,7 +73,7 @@ def query_norm(attention: nn.Module, shape: AnchorShape) -> Callable[[mx.array],
     Raises:
         NoPlace: its query norm is neither over a head nor over all heads together.
     """
-    norm = attention.get("q_norm")
+    norm = next((attention[name] for name in QUERY_NORMS if name in attention), None)
     heads, size = shape.num_attention_heads, shape.head_dim
 
     def split(queries: mx.array) -> mx.array:
@@ -79,7 +82,7 @@ def query_norm(attention: nn.Module, shape: AnchorShape) -> Callable[[mx.array],
     if norm is None:
         return split
     gain = norm.get("weight")
-    if gain is None or gain.shape == (size,):
+    if gain is None or gain.shape in ((size,), (heads, size)):
         return lambda queries: norm(split(queries))
     if gain.shape == (heads * size,):
         return lambda queries: split(norm(queries))

@@ -26,6 +26,7 @@ from .. import kinds
 from ..config import AnchorShape, MemoryConfig
 from ..errors import ConfigError, InputError
 from ..kinds._kind import Matrices, NoPlace, replace_call, restore_call
+from ..shapes import arguments_of
 from .layout import JoinedLayout
 from .start import start_block
 
@@ -137,7 +138,7 @@ class MemoryModel(nn.Module):
 
     @property
     def args(self) -> Any:
-        return self.anchor.args
+        return arguments_of(self.anchor)
 
     @property
     def model_type(self) -> str:

@@ -13,9 +13,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_hiermem.config import MemoryConfig
+from mlx_hiermem.config import AnchorShape, MemoryConfig
 from mlx_hiermem.errors import ConfigError
 from mlx_hiermem.memories import MemoryModel, attach, detach
 from tests.anchors.tiny import FFN, GATED, INNER, LAYERS, NESTED, VOCAB, WINDOW, D, make
@@ -118,6 +119,16 @@ def test_only_some_layers(name):
     close(found, anchor(tokens()))
 
 
+def test_sizes_that_a_config_leaves_to_its_defaults():
+    """As the config.json of Gemma 3 4B does."""
+    inner = dict(
+        model_type="gemma3_text", hidden_size=D, intermediate_size=INNER, num_hidden_layers=LAYERS
+    )
+    config = {"model_type": "gemma3", "text_config": inner, "vocab_size": VOCAB}
+    anchor = gemma3.Model(gemma3.ModelArgs.from_dict(config))
+    assert AnchorShape.of(anchor) == AnchorShape(LAYERS, D, INNER, 8, 256, 4)
+
+
 # ---- LoRA kinds ------------------------------------------------------------------------
 
 LORA = {
@@ -133,6 +144,8 @@ NO_ATTENTION = {
     "spark2_5": NONE,
     "recurrent_gemma": NONE,
     "jamba": NONE,
+    "youtu_llm": NONE,
+    "baichuan_m1": NONE,
     "gemma4_text": "layer 1 .* from 32 to .* where the anchor's config says 32 to",
     "olmo_hybrid": "layer 0 .* 16 .* where the anchor's config says .*32",
     "plamo": "layer 0 .* 32 to 16 numbers, where the anchor's config says 32 to 32",

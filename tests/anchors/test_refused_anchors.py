@@ -16,22 +16,22 @@ from tests.anchors.tiny import INNER, OTHERS, VOCAB, D, make
 
 CONFIG = MemoryConfig((4, 2), branching=2)
 NO_FFN = "has no FFN with gate_proj, up_proj, down_proj; it has "
-#: For each architecture: what the reason says; a layer's parts are named by their classes.
+#: For each architecture: what the reason says.
 REASONS = {
     # gate and up in one matrix
-    "phi3": f"layer 0 {NO_FFN}.*mlp",
-    "glm": f"layer 0 {NO_FFN}.*mlp",
-    "glm4": f"layer 0 {NO_FFN}.*mlp",
+    "phi3": rf"layer 0 {NO_FFN}.*mlp \(gate_up_proj, down_proj\)",
+    "glm": rf"layer 0 {NO_FFN}.*mlp \(gate_up_proj, down_proj\)",
+    "glm4": rf"layer 0 {NO_FFN}.*mlp \(gate_up_proj, down_proj\)",
     # no gate
-    "starcoder2": f"layer 0 {NO_FFN}.*mlp",
-    "nemotron": f"layer 0 {NO_FFN}.*mlp",
+    "starcoder2": rf"layer 0 {NO_FFN}.*mlp \(c_fc, c_proj\)",
+    "nemotron": rf"layer 0 {NO_FFN}.*mlp \(down_proj, up_proj\)",
     "apertus": f"layer 0 {NO_FFN}.*mlp",
     # gate, up and down under other names
     "internlm2": f"layer 0 {NO_FFN}.*feed_forward",
     "lfm2": f"layer 0 {NO_FFN}.*feed_forward",
     # experts
     "mixtral": f"layer 0 {NO_FFN}.*block_sparse_moe",
-    "qwen2_moe": f"layer 0 {NO_FFN}.*mlp",
+    "qwen2_moe": rf"layer 0 {NO_FFN}.*mlp \(.*switch_mlp",
     "qwen3_moe": f"layer 0 {NO_FFN}.*mlp",
     "olmoe": f"layer 0 {NO_FFN}.*mlp",
     "granitemoe": f"layer 0 {NO_FFN}.*block_sparse_moe",
@@ -92,6 +92,13 @@ class PreNormed(Normed):
         return self.down_proj(nn.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
+class Softmax(Normed):
+    """Gate mixes, up does not."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(mx.softmax(self.gate_proj(x), axis=-1) * self.up_proj(x))
+
+
 def sparse() -> nn.Module:
     """Gemma 3n's, which keeps the largest of its inner units: one unit more moves the others."""
 
@@ -103,7 +110,7 @@ def sparse() -> nn.Module:
     return Gemma3nMLP(Sizes, 0)
 
 
-@pytest.mark.parametrize("made", [Normed, PreNormed, sparse])
+@pytest.mark.parametrize("made", [Normed, PreNormed, Softmax, sparse])
 def test_an_ffn_that_cannot_be_widened(made):
     anchor = make("llama")
     anchor.layers[2].mlp = made()

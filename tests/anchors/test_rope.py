@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from mlx_lm.models import gemma3_text, llama, mistral4
+from mlx_lm.models import gemma3_text, llama, mistral4, stablelm
 
+from mlx_hiermem.anchors import get_model_classes
 from mlx_hiermem.anchors.rope import older_keys
 from mlx_hiermem.errors import ConfigError
 
@@ -38,6 +39,16 @@ def test_scaling_and_types_of_layers():
         "rope_local_base_freq": 5.0,
         "sliding_window_pattern": 3,
     }
+
+
+def test_the_part_of_the_width_that_is_rotated_and_a_language_model_within():
+    given = {"rope_theta": 7.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+    older = {"rope_theta": 7.0, "partial_rotary_factor": 0.5}
+    assert older_keys({"rope_parameters": given}, stablelm.ModelArgs) == older
+    assert older_keys({"rope_parameters": given}, llama.ModelArgs) == {"rope_theta": 7.0}
+    config = {"model_type": "mistral3", "text_config": {"rope_parameters": given, "x": 1}}
+    get_model_classes(config)
+    assert config["text_config"] == {"rope_parameters": given, "x": 1, **older}
 
 
 def test_a_model_that_reads_the_new_words_or_has_no_rotary_embedding_gets_nothing():

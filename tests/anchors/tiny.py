@@ -101,6 +101,14 @@ GATED: dict[str, dict[str, Any]] = {
         "expert_layer_period": 1, "mamba_d_conv": 3, "mamba_d_state": 8, "mamba_expand": 2,
         "num_experts": 1, "num_experts_per_tok": 1,
     },
+    # These keep their arguments as ``config``.
+    "youtu_llm": {
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "baichuan_m1": {
+        "sliding_window_layers": [0, 2], "conv_window": 2, "tie_word_embeddings": False
+    },
 }  # fmt: skip
 #: Models that see or hear as well: the language model's sizes are under ``text_config``.
 NESTED = {

@@ -110,6 +110,16 @@ def _layer(ffn_module: nn.Module) -> nn.Module:
     return layer
 
 
+class ReGLU(Normed):
+    def __call__(self, x):
+        return self.down_proj(nn.relu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_an_activation_with_a_flat_half_can_be_widened():
+    gate, up = mx.array(normal(2, 3, 7)), mx.array(normal(2, 3, 7, seed=1))
+    assert mx.array_equal(ffn.activation_of(ReGLU())(gate, up), mx.maximum(gate, 0) * up)
+
+
 def test_a_layer_without_a_place_says_what_it_has():
     shape = AnchorShape(1, WIDTH, 12, 2, 4)
 

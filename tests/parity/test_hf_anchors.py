@@ -19,6 +19,9 @@ import torch
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -26,6 +29,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from mlx_hiermem.anchors import load_anchor
@@ -64,6 +68,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(**SIZES, **GEMMA3),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "olmo2": lambda: Olmo2Config(**SIZES),  # query norm over all heads together
+    # Query norms with gains of their own for each head, under two names.
+    "stablelm": lambda: StableLmConfig(**SIZES, qk_layernorm=True),
+    "cohere": lambda: CohereConfig(**SIZES, use_qk_norm=True, logit_scale=1.0),
     # All matrices with biases, every head its own keys, a head of its own.
     "llama, biases": lambda: LlamaConfig(
         **SIZES | {"num_key_value_heads": 4}, tie_word_embeddings=False, attention_bias=True,
@@ -74,10 +81,10 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }  # fmt: skip
 
 
-def perturbed(config: PretrainedConfig) -> torch.nn.Module:
+def perturbed(config: PretrainedConfig, made=AutoModelForCausalLM.from_config) -> torch.nn.Module:
     """A random model whose gains and biases are no ones and zeros."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = made(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.12))
@@ -183,6 +190,8 @@ def older(config: dict) -> dict:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         config["sliding_window_pattern"] = config.pop("layer_types").index("full_attention") + 1
         return config
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     return config
@@ -207,3 +216,22 @@ def test_a_folder_in_half_precision(pair, tmp_path):
     expected = torch_logits(with_memory(reference, "ffn", joined), tokens())
     assert np.abs(expected - torch_logits(pair[0], tokens())).max() > 0.05
     close(model(mx.array(tokens()), memory=model.join(blocks)), expected)
+
+
+def test_the_language_model_of_one_that_sees(tmp_path):
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**SIZES, **GEMMA3), vision_config=vision,
+        image_token_index=1, mm_tokens_per_image=4,
+    )  # fmt: skip
+    reference = perturbed(config, Gemma3ForConditionalGeneration)
+    reference.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"  # mlx-lm takes the vocabulary's size from the outer config
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": VOCAB}))
+    model = attached(tmp_path)
+    expected = torch_logits(reference, tokens())
+    close(model(mx.array(tokens())), expected)
+    close(in_pieces(model, None, WINDOW + 3), expected)

@@ -105,5 +105,6 @@ def attend_to_pairs(
             extra[:, :, head] = scores.softmax(-1) @ values[:, head // per_key]
         return (inputs[0] + extra.reshape(inputs[0].shape),)
 
-    getattr(attention, "q_norm", attention.q_proj).register_forward_hook(remember)
+    norm = getattr(attention, "q_norm", None) or getattr(attention, "q_layernorm", None)
+    (norm or attention.q_proj).register_forward_hook(remember)
     attention.o_proj.register_forward_pre_hook(add)
