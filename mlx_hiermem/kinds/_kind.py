@@ -29,9 +29,11 @@ class Kind(ABC):
     Attributes:
         groups: how many consecutive matrices of one width are handed over as one array; their sum
             is the number of matrices.
+        matrices: their names, in the order of a block; PyTorch banks have them in their keys.
     """
 
     groups: ClassVar[tuple[int, ...]]
+    matrices: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def row_widths(self, shape: AnchorShape) -> tuple[int, ...]:

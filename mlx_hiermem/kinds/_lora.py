@@ -20,6 +20,12 @@ from ._layers import check_sizes, part_of
 #: What B A x is multiplied with (section 3 of the paper).
 ALPHA = 2.0
 
+#: What an anchor's matrix is called in the names of its A and B.
+_SHORT = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
+    "gate_proj": "w1", "up_proj": "w2", "down_proj": "w3",
+}  # fmt: skip
+
 
 class LoRA(Kind):
     """LoRA on some matrices of one part of a layer.
@@ -40,8 +46,13 @@ class LoRA(Kind):
 
     @property
     def groups(self) -> tuple[int, ...]:
+        return (1,) * len(self.matrices)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
         any_shape = AnchorShape(1, 1, 1, 1, 1)
-        return (1, 1) * len(self.widths(any_shape))
+        names = (_SHORT[name] for name in self.widths(any_shape))
+        return tuple(f"{name}_{part}" for name in names for part in "ab")
 
     def row_widths(self, shape: AnchorShape) -> tuple[int, ...]:
         return tuple(width for pair in self.widths(shape).values() for width in pair)

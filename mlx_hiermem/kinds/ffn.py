@@ -31,6 +31,7 @@ class FFN(Kind):
     """Section 2 of the paper; M1 and M2 are handed over as one array."""
 
     groups = (2, 1)
+    matrices = ("w1", "w2", "w3")
 
     def row_widths(self, shape: AnchorShape) -> tuple[int, ...]:
         return (shape.hidden_size,) * 3

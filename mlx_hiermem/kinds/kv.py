@@ -29,6 +29,7 @@ class KV(Kind):
     """Section 3 of the paper; a block that is blocked keeps its share of the softmax, as zeros."""
 
     groups = (1, 1)
+    matrices = ("keys", "values")
 
     def row_widths(self, shape: AnchorShape) -> tuple[int, ...]:
         return (shape.key_value_width,) * 2
@@ -82,6 +83,8 @@ def query_norm(attention: nn.Module, shape: AnchorShape) -> Callable[[mx.array],
     if norm is None:
         return split
     gain = norm.get("weight")
+    if gain is None and getattr(norm, "dims", size) == heads * size:
+        return lambda queries: split(norm(queries))
     if gain is None or gain.shape in ((size,), (heads, size)):
         return lambda queries: norm(split(queries))
     if gain.shape == (heads * size,):

@@ -210,7 +210,7 @@ def test_a_kind_says_how_large_it_is(kind):
     drawn = one.start(5, shape, np.random.default_rng(0))
     assert [matrix.shape for matrix in drawn] == [(5, width) for width in widths]
     assert all(matrix.dtype == np.float32 for matrix in drawn)
-    assert sum(one.groups) == len(widths)
+    assert sum(one.groups) == len(widths) == len(set(one.matrices)) == len(one.matrices)
     assert config(kind).fetch_size(shape) == LAYERS * sum(RANKS) * sum(widths)
 
 
