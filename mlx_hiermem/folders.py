@@ -16,10 +16,14 @@ _CHUNK = 1 << 22
 #: The files of an anchor's folder, as patterns of their names: weights, and everything else.
 WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
 OTHERS = ("*.json", "tokenizer*", "*.jinja", "*.txt", "LICENSE*")
+# One of these is in every folder that ``overwrite`` may replace: a model, or a bank for PyTorch.
+_MARKS = ("config.json", "memory_config.json")
 
 
 @contextmanager
-def model_folder(out: str | Path) -> Iterator[Path]:
+def model_folder(
+    out: str | Path, *, overwrite: bool = False, keep: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """A folder to write a model into, which becomes ``out`` on leaving without an error.
 
         with model_folder("my-model") as folder:
@@ -29,12 +33,18 @@ def model_folder(out: str | Path) -> Iterator[Path]:
     synced to the disk and renamed; on an error it is removed. What a killed process has left there
     is removed by the next one; a lock keeps two processes apart.
 
+    Args:
+        overwrite: let it take the place of a model folder that is there, which stays until all is
+            written.
+        keep: asked whether to go on with what a killed process has left in the folder it is given.
+            With it, an interrupt (Ctrl-C) leaves the folder there too.
+
     Raises:
         InputError: ``out`` exists, or another process is writing it.
         FormatError: it cannot be written.
     """
     out = Path(out).expanduser()
-    check_new(out)
+    check_new(out, overwrite)
     out = out.parent.resolve() / out.name
     made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
     temporary = out.parent / f".{out.name}.partial"
@@ -49,14 +59,19 @@ def model_folder(out: str | Path) -> Iterator[Path]:
             raise InputError(
                 f"{out}: another process is writing it now; wait for it, or give another name"
             ) from None
-        for path in temporary.iterdir():
-            _remove(path)
+        _bring_back(out)
+        check_new(out, overwrite)
+        if keep is None or not keep(temporary):
+            for path in temporary.iterdir():
+                _remove(path)
         yield temporary
-        check_new(out)
+        check_new(out, overwrite)
         _sync_tree(temporary)
-        os.rename(temporary, out)
-        sync_folder(out.parent)
+        _put_in_place(temporary, out)
         done = True
+    except (KeyboardInterrupt, SystemExit):
+        done = keep is not None
+        raise
     except OSError as error:
         raise FormatError(
             f"{out}: cannot be written ({error.strerror or error}); check the folder and free space"
@@ -73,12 +88,49 @@ def model_folder(out: str | Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def check_new(out: Path) -> None:
-    """Raise InputError where ``out``, the folder to be written, exists already."""
+def check_new(out: Path, overwrite: bool = False) -> None:
+    """Raise InputError where ``out``, the folder to be written, exists already.
+
+    Args:
+        overwrite: it may be a model folder, or an empty one; nothing else is replaced.
+    """
     if not out.name:
         raise InputError(f"{str(out)!r}: no name of a folder; give the model folder to write")
-    if os.path.lexists(out):
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
         raise InputError(f"{out}: exists already; remove it, or give another folder")
+    if out.is_symlink() or not out.is_dir():
+        raise InputError(f"{out}: is no folder; only a model folder is overwritten")
+    if any(out.iterdir()) and not any((out / name).is_file() for name in _MARKS):
+        raise InputError(
+            f"{out}: holds something else than a model (no config.json); give another folder"
+        )
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """Rename a finished folder to its name; what was there before goes when that is safe."""
+    old = _old(out)
+    if os.path.lexists(out):
+        os.rename(out, old)
+    os.rename(temporary, out)
+    sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(out: Path) -> None:
+    """Put a folder back that a process killed while it replaced it has left aside."""
+    old = _old(out)
+    if not out.name or not old.is_dir():
+        return
+    if os.path.lexists(out):
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(old, out)
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
 
 
 def anchor_files(source: Path, weights: bool = True) -> list[str]:

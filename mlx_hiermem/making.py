@@ -114,7 +114,7 @@ def make_model(
             f"{model}: has a memory bank already; go on from it with `mlx_hiermem train --model "
             f"{model}`, or give --fresh-memory to leave it behind"
         )
-    anchor, shape = _build_anchor(folder)
+    anchor, shape = build_anchor(folder)
     names = anchor_files(folder)
     if not any(name.endswith(".safetensors") for name in names):
         raise ConfigError(
@@ -139,7 +139,7 @@ def make_model(
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
     if routing is not None:
-        _check_embeddings(routing, folder)
+        check_embeddings(routing, folder)
     with model_folder(out) as made:
         memory = made / "memory"
         for name, entry in ({} if routing is None else routing.files).items():
@@ -161,7 +161,7 @@ def _about(progress: Progress | None, what: str) -> Callable[[int, int], None] |
 # ---- the anchor ------------------------------------------------------------------------
 
 
-def _build_anchor(folder: Path) -> tuple[nn.Module, AnchorShape]:
+def build_anchor(folder: Path) -> tuple[nn.Module, AnchorShape]:
     """The network of an anchor, whose random weights are lazy and never computed; its shape."""
     path = folder / "config.json"
     try:
@@ -278,8 +278,12 @@ def _check_tree(routing: Routing, levels: int, branching: int | None) -> None:
         )
 
 
-def _check_embeddings(routing: Routing, folder: Path) -> None:
-    """Raise InputError where the encoder is made of the embeddings of another anchor."""
+def check_embeddings(routing: Routing, folder: Path) -> None:
+    """Raise InputError where the encoder is made of the embeddings of another anchor.
+
+    Args:
+        folder: of the anchor that is to have the tree.
+    """
     if routing.encoder["type"] != "embeddings":
         return
     if routing.embedding_sha256 not in (None, _embedding_sha256(folder)):

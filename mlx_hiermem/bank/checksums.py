@@ -40,6 +40,10 @@ class Digests:
         for row in rows:
             self._levels[level] += hashlib.sha256(row).digest()
 
+    def add_digests(self, level: int, digests: bytes) -> None:
+        """The next checksums of a level, one behind the other, that somebody else has made."""
+        self._levels[level] += digests
+
     def add_generic(self, generic: np.ndarray) -> None:
         """The generic memory, (sum of the stored sizes,)."""
         start = 0

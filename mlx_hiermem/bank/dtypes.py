@@ -21,6 +21,26 @@ STORAGE = {
 #: For each dtype of a bank its name in a safetensors header.
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
+# Of a floating-point number: the integers that its bytes are looked at as, everything but the sign,
+# and the smallest of these that is not finite (all bits of the exponent).
+_BITS = {
+    "float32": (np.dtype("<u4"), 0x7FFFFFFF, 0x7F800000),
+    "float16": (np.dtype("<u2"), 0x7FFF, 0x7C00),
+    "bfloat16": (np.dtype("<u2"), 0x7FFF, 0x7F80),
+}
+# Numbers that are looked at together: they stay in the processor's cache.
+_SLICE = 1 << 18
+
+
+def all_finite(stored: np.ndarray, dtype: str) -> bool:
+    """Whether a storage array of a floating-point dtype is free of NaN and infinite numbers."""
+    kind, magnitude, infinite = _BITS[dtype]
+    numbers = np.ascontiguousarray(stored).reshape(-1).view(kind)
+    return all(
+        (numbers[start : start + _SLICE] & magnitude).max() < infinite
+        for start in range(0, numbers.size, _SLICE)
+    )
+
 
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """Convert to a storage array: round to nearest, ties to even.

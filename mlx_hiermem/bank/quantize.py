@@ -83,7 +83,7 @@ def quantize_bank(
         total = sum(
             config.block_bytes(level) * config.clusters(level) for level in config.memory_levels
         )
-        packer = _Packer(config, packing)
+        packer = Packer(config, packing)
         layout = StoredLayout(config)
 
         def stored(level: int, key: Key) -> np.ndarray:
@@ -121,8 +121,8 @@ def quantize_bank(
     }
 
 
-class _Packer:
-    """Packs blocks, and keeps count of the error."""
+class Packer:
+    """Packs blocks of a bank's config, and keeps count of the error."""
 
     def __init__(self, config: MemoryConfig, packing: Quantization) -> None:
         self._config = config

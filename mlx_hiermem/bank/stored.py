@@ -15,13 +15,7 @@ from itertools import groupby
 import numpy as np
 
 from ..config import MemoryConfig
-
-# What marks a number as infinite or NaN: all bits of the exponent.
-_EXPONENTS = {
-    "float32": (np.uint32, 0x7F800000),
-    "float16": (np.uint16, 0x7C00),
-    "bfloat16": (np.uint16, 0x7F80),
-}
+from .dtypes import all_finite
 
 
 @dataclass(frozen=True)
@@ -132,9 +126,9 @@ class StoredLayout:
             elif mode is not None and strip.part == 0:
                 continue
             else:
-                kind, exponent = _EXPONENTS[self.config.dtype]
-                numbers = np.ascontiguousarray(part).view(kind)
-                bad = (numbers & exponent) == exponent
+                if not all_finite(np.ascontiguousarray(part), self.config.dtype):
+                    return False
+                continue
             if bad.any():
                 return False
         return True

@@ -95,15 +95,9 @@ def write_bank(
         for shard in parts:
             known[shard.name] = write_shard(folder, config, shard, source.take(shard.rows), digests)
         source.finish(config.clusters(level))
-    known[GENERIC] = _write_tensor(
-        folder, GENERIC, GENERIC_TENSOR, config.stored_dtype, generic.shape, {"format": "mlx"},
-        [generic],
-    )  # fmt: skip
-    digests.add_generic(generic)
+    known[GENERIC] = write_generic(folder, config, generic, digests)
     known[CHECKSUMS] = digests.write(folder)
-    with AtomicFile(folder, CONFIG) as file:
-        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
-    known[CONFIG] = FileEntry(file.size, file.sha256)
+    known[CONFIG] = write_config(folder, config)
     for path in list(folder.iterdir()):  # what another bank, or a killed write, has left
         if _LEFT_BEHIND.fullmatch(path.name) and path.name not in known:
             path.unlink(missing_ok=True)
@@ -136,6 +130,24 @@ def write_shard(
 
     dtype = config.stored_dtype
     return _write_tensor(folder, shard.name, BLOCKS, dtype, shape, shard.metadata, stored())
+
+
+def write_generic(
+    folder: Path, config: MemoryConfig, generic: np.ndarray, digests: Digests
+) -> FileEntry:
+    """Write the generic memory, (fetch size,) storage array, and take its checksums."""
+    digests.add_generic(generic)
+    return _write_tensor(
+        folder, GENERIC, GENERIC_TENSOR, config.stored_dtype, generic.shape, {"format": "mlx"},
+        [generic],
+    )  # fmt: skip
+
+
+def write_config(folder: Path, config: MemoryConfig) -> FileEntry:
+    """Write the config.json of a bank."""
+    with AtomicFile(folder, CONFIG) as file:
+        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    return FileEntry(file.size, file.sha256)
 
 
 def _write_tensor(
