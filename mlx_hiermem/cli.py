@@ -27,6 +27,7 @@ COMMANDS = {
     "cluster": "make a corpus: embed documents, grow the tree, assign, pack",
     "merge": "put the subtrees that train --subtree trained together to one model",
     "bank": "look at a memory bank, change it, publish it",
+    "convert": "bring anchors and banks from PyTorch, and back",
     "doctor": "show the backend, its speed, the versions, and what to mend",
 }
 

@@ -31,12 +31,19 @@ class AtomicFile:
     A context manager: what is written goes to ``.NAME.partial`` beside it; on leaving without
     an error that is synced and renamed, on an error it is removed. After that ``size`` and
     ``sha256`` are those of the file.
+
+    Args:
+        folder: of the file.
+        name: of it.
+        cached: False for one of many large files: the system then forgets it when it is on the
+            disk, instead of all else that it keeps in memory.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, cached: bool = True) -> None:
         self.path = folder / name
         self.temporary = folder / f".{name}.partial"
         self.size = 0
+        self._cached = cached
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> AtomicFile:
@@ -64,6 +71,8 @@ class AtomicFile:
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
+                if not self._cached and hasattr(os, "posix_fadvise"):  # macOS has none
+                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 self._file.close()
                 os.replace(self.temporary, self.path)
                 sync_folder(self.path.parent)

@@ -7,39 +7,30 @@ is made of an anchor's embeddings these are loaded, to be compared.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.nn as nn
 
-from .anchors import get_model_classes, load_anchor
-from .bank.blocked import BLOCKED
-from .bank.checksums import CHECKSUMS
+from .anchors import get_model_classes
 from .bank.files import find
 from .bank.fresh import FreshBank, write_fresh_bank
-from .bank.layout import CONFIG, GENERIC, level_of
-from .bank.manifest import FileEntry, check_sha256, read_manifest
+from .bank.manifest import check_sha256
 from .bank.parts import Part
 from .config import AnchorShape, MemoryConfig, placement
-from .corpus.folder import file_sha256
-from .corpus.info import INFO, CorpusInfo
-from .errors import ConfigError, FormatError, InputError
+from .errors import ConfigError, InputError
 from .folders import anchor_files, check_new, copy_file, model_folder
 from .memories import attach
 from .models import find_model
-from .routing.embeddings import embedding_table
-from .routing.tree import ClusterTree
+from .tree_source import check_embeddings, check_tree, open_routing
 
 #: Called with (what, bytes in all, bytes done since the call before).
 Progress = Callable[[str, int, int], None]
 
 DEFAULT_BRANCHING = 16
-TREE = "tree.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,26 +44,6 @@ class Made:
     config: MemoryConfig
     bank: FreshBank
     has_tree: bool
-
-
-@dataclass(frozen=True)
-class Routing:
-    """A tree and its encoder, in some folder.
-
-    Attributes:
-        tree: the tree.
-        encoder: the entry ``encoder`` of a memory's config.
-        folder: where their files are.
-        files: names of them; with their sha256 where a manifest vouches for it.
-        embedding_sha256: of the anchor's table (float32) that the encoder is made of, if it is of
-            the type ``embeddings`` and that can be known.
-    """
-
-    tree: ClusterTree
-    encoder: dict[str, Any]
-    folder: Path
-    files: dict[str, FileEntry | None]
-    embedding_sha256: str | None
 
 
 def make_model(
@@ -122,7 +93,7 @@ def make_model(
         )
     routing = None if tree is None else open_routing(Path(tree).expanduser())
     if routing is not None:
-        _check_tree(routing, len(ranks), branching)
+        check_tree(routing, len(ranks), branching)
         branching = routing.tree.branching
     more = {} if routing is None else {"encoder": routing.encoder}
     config = MemoryConfig(
@@ -201,98 +172,3 @@ def _base(model: str | Path, folder: Path) -> dict[str, str]:
     if re.fullmatch("[0-9a-f]{40}", folder.name):
         found["revision"] = folder.name
     return found
-
-
-# ---- the tree --------------------------------------------------------------------------
-
-
-def open_routing(folder: Path) -> Routing:
-    """The tree and the encoder of a corpus, or of the bank of a memory or model folder.
-
-    Raises:
-        ConfigError: it is none of these, or has no tree.
-        FormatError: a file is missing or damaged.
-    """
-    corpora = [place for place in (folder, folder.parent) if (place / INFO).is_file()]
-    if corpora and (folder == corpora[0] or folder.name == "routing"):
-        return _routing_of_corpus(corpora[0])
-    memory = folder if (folder / CONFIG).is_file() and (folder / GENERIC).is_file() else None
-    memory = folder / "memory" if (folder / "memory").is_dir() else memory
-    if memory is None:
-        raise ConfigError(
-            f"{folder}: no corpus and no memory bank; give a folder that `mlx_hiermem cluster` has "
-            "made, or a memory folder"
-        )
-    return _routing_of_bank(memory)
-
-
-def _routing_of_corpus(corpus: Path) -> Routing:
-    info = CorpusInfo.load(corpus)
-    folder = corpus / "routing"
-    if not (folder / TREE).is_file():
-        raise FormatError(f"{folder / TREE}: no such file; copy the corpus again")
-    found = file_sha256(folder / TREE)
-    if found != info.tree_sha256:
-        raise FormatError(
-            f"{folder / TREE}: altered: sha256 is {found}, {INFO} says {info.tree_sha256}; copy "
-            "the corpus again"
-        )
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    files: dict[str, FileEntry | None] = {
-        name.as_posix(): None
-        for name in names
-        if not any(part.startswith(".") for part in name.parts)
-    }
-    tree = ClusterTree.load(folder / TREE)
-    return Routing(tree, dict(info.encoder), folder, files, info.embedding_sha256)
-
-
-def _routing_of_bank(memory: Path) -> Routing:
-    config = MemoryConfig.load(memory / CONFIG)
-    own = {CONFIG, GENERIC, CHECKSUMS, BLOCKED}
-    files: dict[str, FileEntry | None] = {
-        name: entry
-        for name, entry in read_manifest(memory).files.items()
-        if name not in own and level_of(name) is None
-    }
-    if TREE not in files:
-        raise ConfigError(f"{memory}: this bank has no tree; give one that has, or a corpus")
-    tree = ClusterTree.load(find(memory, TREE))
-    sha256 = None
-    if config.encoder["type"] == "embeddings" and (memory.parent / "config.json").is_file():
-        sha256 = _embedding_sha256(memory.parent)
-    return Routing(tree, dict(config.encoder), memory, files, sha256)
-
-
-def _check_tree(routing: Routing, levels: int, branching: int | None) -> None:
-    tree = routing.tree
-    if tree.levels != levels:
-        raise InputError(
-            f"{routing.folder / TREE}: a tree of {tree.levels} levels, but --config has {levels} "
-            "ranks; give one rank for each level"
-        )
-    if branching not in (None, tree.branching):
-        raise InputError(
-            f"{routing.folder / TREE}: a tree of branching {tree.branching}, but --branching is "
-            f"{branching}; leave it out"
-        )
-
-
-def check_embeddings(routing: Routing, folder: Path) -> None:
-    """Raise InputError where the encoder is made of the embeddings of another anchor.
-
-    Args:
-        folder: of the anchor that is to have the tree.
-    """
-    if routing.encoder["type"] != "embeddings":
-        return
-    if routing.embedding_sha256 not in (None, _embedding_sha256(folder)):
-        raise InputError(
-            f"{routing.folder}: its tree was grown with the token embeddings of another anchor; "
-            "cluster the corpus with --model of this one, or with a BERT encoder"
-        )
-
-
-def _embedding_sha256(folder: Path) -> str:
-    table = embedding_table(load_anchor(folder)[0])
-    return hashlib.sha256(table.tobytes()).hexdigest()

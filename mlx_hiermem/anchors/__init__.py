@@ -1,4 +1,7 @@
-"""Anchors: ``openlm`` is the paper's; every other architecture comes from mlx-lm."""
+"""Anchors: ``openlm`` is the paper's; every other architecture comes from mlx-lm.
+
+mlx-lm is imported where it is needed: that takes seconds, which converting does without.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
-from mlx_lm.utils import load_model as _load_model
-from mlx_lm.utils import load_tokenizer as _load_tokenizer
 
 from ..errors import ConfigError, FormatError
 from ..shapes import AnchorShape
-from . import openlm
+from .openlm_args import check_kinds
 from .rope import older_keys
 
 #: What no weight is stored as: they are floating-point, or quantised and packed in uint32 (with
@@ -31,7 +31,11 @@ def get_model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
     Keys that only transformers 5 writes are added to it in the words that the model reads.
     """
     if config.get("model_type") == "openlm":
+        from . import openlm
+
         return openlm.Model, openlm.ModelArgs
+    from mlx_lm.utils import _get_classes
+
     model, arguments = _get_classes(config)
     config.update(older_keys(config, arguments))
     if isinstance(inner := config.get("text_config"), dict):  # of a model that sees as well
@@ -48,10 +52,12 @@ def load_anchor(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         ConfigError, FormatError: the config or the weights are missing, damaged or do not fit.
     """
+    from mlx_lm.utils import load_model
+
     folder = Path(folder)
     _check_config(folder)
     try:
-        model, config = _load_model(folder, lazy=False, get_model_classes=get_model_classes)
+        model, config = load_model(folder, lazy=False, get_model_classes=get_model_classes)
     except Exception as error:  # a wrong value in config.json may fail anywhere in mlx-lm
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise FormatError(
@@ -74,6 +80,8 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
     arrays = [array for _, array in tree_flatten(model.layers[0].parameters())]
     floating = [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
     gains = [array for array in floating if array.ndim == 1]
+    if not floating:  # no gains, and quantised without floating-point scales: MLX unpacks to
+        return mx.bfloat16
     # Where norms have no gains: the matrices, or the scales of quantised ones.
     return (gains or floating)[0].dtype
 
@@ -101,6 +109,7 @@ def _check_config(folder: Path) -> None:
     if config["model_type"] == "openlm":
         try:
             AnchorShape.of(config)
+            check_kinds(config)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -114,6 +123,8 @@ def load_anchor_tokenizer(folder: str | Path, config: dict[str, Any]) -> Any:
     Raises:
         FormatError: the tokenizer is missing or damaged.
     """
+    from mlx_lm.utils import load_tokenizer
+
     # transformers would warn about long texts on stderr; the engine refuses them by itself.
     options: dict[str, Any] = {"trust_remote_code": False, "model_max_length": 1 << 60}
     if config.get("model_type") == "openlm":
@@ -122,7 +133,7 @@ def load_anchor_tokenizer(folder: str | Path, config: dict[str, Any]) -> Any:
         # transformers does not know the architecture, and would warn about that on each load.
         options["config"] = PretrainedConfig()
     try:
-        return _load_tokenizer(Path(folder), options, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(Path(folder), options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = " ".join(str(error).split())[:200]
         raise FormatError(

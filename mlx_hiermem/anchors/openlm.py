@@ -1,11 +1,13 @@
 """The paper's anchor: OpenLM's decoder as an mlx-lm model.
 
 What is notable about it:
-- gain-only LayerNorm (a LayerNorm, not an RMSNorm; no bias), pre-norm residuals
+- gain-only LayerNorm (a LayerNorm, not an RMSNorm; no bias), pre-norm residuals; OpenLM's other
+  norms are in norms.py
 - QK-norm over the whole heads x head_dim vector, before the split into heads and the rotary
   embedding
 - head_dim is a field of its own: the 160M anchor's attention is 384 wide, its residuals 512
-- half-split rotary embedding with base 100,000, SwiGLU, no biases, tied or separate head
+- half-split rotary embedding with base 100,000 (others in rotary.py), SwiGLU, no biases, tied or
+  separate head
 
 Names follow mlx-lm's models (``embed_tokens``, ``self_attn``, ``mlp.gate_proj``), so quantisation,
 adapters and caches of mlx-lm apply. OpenLM's own names are the converter's business.
@@ -14,47 +16,17 @@ Sources: section 3 and appendix A of the paper; model.py and norms.py of mlfound
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
-from mlx_lm.models.base import (
-    BaseModelArgs,
-    create_attention_mask,
-    scaled_dot_product_attention,
-)
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
+from .openlm_args import PRESETS, ModelArgs
+from .rotary import make_rotary
 
-@dataclass
-class ModelArgs(BaseModelArgs):
-    """Sizes of an OpenLM anchor, as they stand in ``config.json``.
-
-    The defaults are those of the paper's set-up; ``max_position_embeddings`` is the longest
-    context that the anchor takes, prompt and answer together, in tokens.
-    """
-
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    head_dim: int
-    vocab_size: int = 50432
-    model_type: str = "openlm"
-    norm_eps: float = 1e-5
-    rope_theta: float = 100_000.0
-    qk_norm: bool = True
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
-
-
-#: The paper's anchors: 163,510,016, 411,665,408 and 1,439,893,504 parameters.
-PRESETS: dict[str, ModelArgs] = {
-    "160M": ModelArgs(512, 35, 2048, 12, 32, tie_word_embeddings=True),
-    "410M": ModelArgs(1024, 24, 2816, 16, 64),
-    "1.4B": ModelArgs(2048, 24, 5632, 16, 128),
-}
+__all__ = ["PRESETS", "Model", "ModelArgs", "init_weights"]
 
 
 class Attention(nn.Module):
@@ -70,9 +42,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(args.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, args.hidden_size, bias=False)
         if args.qk_norm:
-            self.q_norm = nn.LayerNorm(width, eps=args.norm_eps, bias=False)
-            self.k_norm = nn.LayerNorm(width, eps=args.norm_eps, bias=False)
-        self.rope = nn.RoPE(args.head_dim, traditional=False, base=args.rope_theta)
+            self.q_norm, self.k_norm = args.norm(width), args.norm(width)
+        self.rope = make_rotary(
+            args.positional_embedding_type,
+            args.head_dim,
+            args.rope_theta,
+            rounded=args.rope_inv_freq_dtype == "bfloat16",
+        )
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         B, T, _ = x.shape
@@ -115,10 +91,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(args)
         self.mlp = MLP(args)
-        self.input_layernorm = nn.LayerNorm(args.hidden_size, eps=args.norm_eps, bias=False)
-        self.post_attention_layernorm = nn.LayerNorm(
-            args.hidden_size, eps=args.norm_eps, bias=False
-        )
+        self.input_layernorm = args.norm(args.hidden_size)
+        self.post_attention_layernorm = args.norm(args.hidden_size)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), mask, cache)
@@ -131,8 +105,10 @@ class OpenLM(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        if args.post_embed_norm:
+            self.post_embed_norm = args.norm(args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
-        self.norm = nn.LayerNorm(args.hidden_size, eps=args.norm_eps, bias=False)
+        self.norm = args.norm(args.hidden_size)
 
     def __call__(
         self,
@@ -142,6 +118,8 @@ class OpenLM(nn.Module):
         mask: mx.array | None = None,
     ) -> mx.array:
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        if "post_embed_norm" in self:
+            h = self.post_embed_norm(h)
         if cache is None:
             cache = [None] * len(self.layers)
         if mask is None:

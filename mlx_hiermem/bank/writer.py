@@ -110,11 +110,13 @@ def write_shard(
     shard: Shard,
     chunks: Iterable[np.ndarray],
     digests: Digests | None = None,
+    cached: bool = True,
 ) -> FileEntry:
     """Write one level file from a stream of rows; (n, s_l) each, float32 or storage arrays.
 
     Args:
         digests: takes the checksum of each row.
+        cached: see ``AtomicFile``.
 
     Raises:
         FormatError: the rows are not ``shard.rows`` of s_l numbers, or cannot be written.
@@ -129,7 +131,8 @@ def write_shard(
             yield chunk
 
     dtype = config.stored_dtype
-    return _write_tensor(folder, shard.name, BLOCKS, dtype, shape, shard.metadata, stored())
+    place = shard.metadata
+    return _write_tensor(folder, shard.name, BLOCKS, dtype, shape, place, stored(), cached)
 
 
 def write_generic(
@@ -158,9 +161,10 @@ def _write_tensor(
     shape: tuple[int, ...],
     metadata: Mapping[str, str],
     chunks: Iterable[np.ndarray],
+    cached: bool = True,
 ) -> FileEntry:
     # The header can be written first because the shape is known before the first row.
-    with AtomicFile(folder, name) as file:
+    with AtomicFile(folder, name, cached) as file:
         file.write(build_header(tensor, dtype, shape, metadata))
         rows = 0
         for chunk in chunks:

@@ -1,0 +1,1 @@
+"""OpenLM: its configs and the names of its state dict, there and back."""
