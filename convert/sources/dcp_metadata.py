@@ -119,8 +119,16 @@ class _Index(Built):
         return type(other) is _Index and other.key == self.key
 
 
+def _member(kind: Any, name: Any) -> Ignored:
+    """Stands for ``getattr``, by which early Pythons 3.11 write the member of an enumeration."""
+    if type(kind) is not Name or kind.text not in _ENUMERATIONS or type(name) is not str:
+        raise Refused("its pickle names 'builtins.getattr', which is refused")
+    return Ignored()
+
+
 _DCP = "torch.distributed.checkpoint"
 _SHARD = "torch.distributed._shard.sharded_tensor.metadata"  # of PyTorch before 2.3
+_ENUMERATIONS = (f"{_DCP}.metadata._MEM_FORMAT_ENCODING", f"{_SHARD}.MEM_FORMAT_ENCODING")
 _CALLS = {
     f"{_DCP}.metadata.Metadata": _Metadata,
     f"{_DCP}.metadata.TensorStorageMetadata": _Tensor,
@@ -129,9 +137,10 @@ _CALLS = {
     f"{_DCP}.metadata.MetadataIndex": _Index,
     f"{_DCP}.metadata.StorageMeta": Ignored,
     f"{_DCP}.metadata.TensorProperties": _Properties,
-    f"{_DCP}.metadata._MEM_FORMAT_ENCODING": Ignored,
     f"{_SHARD}.TensorProperties": _Properties,
-    f"{_SHARD}.MEM_FORMAT_ENCODING": Ignored,
+    **dict.fromkeys(_ENUMERATIONS, Ignored),
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,
     f"{_DCP}.filesystem._StorageInfo": _Place,
     "torch.Size": size,
     "torch.serialization._get_layout": Ignored,

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from .attacks import Call, touch
 
 
@@ -180,6 +182,10 @@ DCP: dict[str, tuple[Callable[[Path, Path, Path], None], str]] = {
     ),
     "getattr": (
         _poison(lambda c: Call(getattr, Call(builtins.__import__, "os"), "system"), "storage_data"),
+        "builtins.__import__",  # getattr itself is known: of an enumeration
+    ),
+    "getattr of a class": (
+        _poison(lambda c: Call(getattr, Metadata, "__init__"), "storage_data"),
         "builtins.getattr",
     ),
     "class of PyTorch": (_edited(_object), "torch.nn.modules.linear.Linear"),
