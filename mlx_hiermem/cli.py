@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "answer one prompt with a fetched memory and report what was fetched",
     "chat": "talk to a model in the terminal",
     "demo": "open the model that ships with the package in the browser",
+    "serve": "answer an OpenAI-compatible API over HTTP, with a memory per request",
     "init": "make a model folder with a fresh memory bank, for any model that mlx-lm loads",
     "train": "train an anchor, or memories on it, on a corpus that cluster has made",
     "evaluate": "measure facts, routing or perplexity, with the memory fetched, generic and off",
