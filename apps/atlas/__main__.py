@@ -16,17 +16,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m apps.atlas", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="run all stages and write the model folder")
-    build.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "mlx_hiermem" / "assets" / "atlas",
-        help="the model folder (default: the one in the package)",
-    )
     build.add_argument("--jobs", type=int, default=2, help="stages side by side (default: 2)")
+    names = commands.add_parser("names", help="name the clusters of a model folder anew")
+    for command in (build, names):
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=ROOT / "mlx_hiermem" / "assets" / "atlas",
+            help="the model folder (default: the one in the package)",
+        )
     stage = commands.add_parser("stage", help="run one stage")
     stage.add_argument("name")
-    for command in (build, stage):
+    for command in (build, names, stage):
         command.add_argument("--seed", type=int, default=0)
+    for command in (build, stage):
         command.add_argument(
             "--work",
             type=Path,
@@ -38,6 +41,7 @@ def main() -> int:
     # Before the first import of MLX, which the other modules bring.
     preload_blas()
     keep_freed_memory()
+    from .build import add_names
     from .build import build as build_atlas
     from .recipe import STAGES, Recipe
 
@@ -45,6 +49,8 @@ def main() -> int:
     try:
         if args.command == "build":
             build_atlas(recipe, args.work, args.out, max(1, args.jobs))
+        elif args.command == "names":
+            print(f"revision {add_names(recipe, args.out)}")
         elif args.name in STAGES:
             STAGES[args.name][0](recipe, args.work)
         else:

@@ -18,12 +18,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_hiermem import load
+from mlx_hiermem.bank.edit import BankEdit
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.errors import TrainingError
 from mlx_hiermem.evaluation.facts import Question, write_questions
+from mlx_hiermem.routing.names import name_tree
 
 from .card import write_card
-from .corpus import buckets, counts, held_out
+from .corpus import buckets, counts, documents, held_out
 from .facts import facts
 from .recipe import STAGES, Recipe, memory_config, trained_leaves
 
@@ -32,6 +35,9 @@ BUCKET_NAMES = ("most frequent", "frequent", "middle", "rare", "rarest")
 
 #: Dtype of everything that ships; what it costs in accuracy is within what ``evaluate`` prints.
 DTYPE = mx.bfloat16
+
+# Prompts that are routed at a time.
+_BATCH = 512
 
 
 def run_stages(recipe: Recipe, work: Path, jobs: int) -> None:
@@ -154,10 +160,38 @@ def questions(recipe: Recipe, work: Path) -> list[Question]:
     ]
 
 
+def add_names(recipe: Recipe, out: Path) -> str:
+    """Name the clusters of a model folder by what the prompts in them ask about; trains nothing.
+
+    Of each document the name of its entity is taken, which is what routes it (the encoder gives
+    the words of a wording next to no weight). What is common weighs more than what is rare.
+
+    Returns:
+        The bank's new revision.
+    """
+    lm = load(out)
+    branching, levels = lm.bank.config.branching, lm.bank.config.levels
+    found = list(documents(recipe.corpus))
+    distinct = sorted({document.prompt for document in found})
+    leaves: dict[str, int] = {}
+    for start in range(0, len(distinct), _BATCH):
+        batch = distinct[start : start + _BATCH]
+        leaves.update(zip(batch, lm.assign(batch)[:, -1].tolist(), strict=True))
+    lm.bank.close()
+    members: list[list[str]] = [[] for _ in range(branching**levels)]
+    for document in found:
+        members[leaves[document.prompt]].append(facts()[document.fact_index].entity)
+    names = name_tree(members.__getitem__, branching, levels)
+    with BankEdit(out / "memory") as edit:
+        edit.set_names(names.to_bytes())
+    return edit.revision
+
+
 def build(recipe: Recipe, work: Path, out: Path, jobs: int) -> None:
-    """The whole way: stages, model folder, figures and model card."""
+    """The whole way: stages, model folder, names, figures and model card."""
     run_stages(recipe, work, jobs)
     assemble(recipe, work, out)
+    add_names(recipe, out)
     write_card(recipe, out, json.loads((work / "seconds.json").read_text()))
 
 

@@ -28,6 +28,9 @@ from .manifest import MANIFEST, FileEntry, Manifest, manifest_bytes, revision_of
 from .reader import BlockReader
 from .stored import StoredLayout
 
+#: The names of clusters, which only ``routing`` reads.
+NAMES = "names.json"
+
 
 class BankEdit:
     """An edit of the bank in ``folder``. A context manager: it commits on leaving without an error.
@@ -62,6 +65,7 @@ class BankEdit:
         self._rows: dict[tuple[int, int], dict[int, bytes]] = {}  # (level, shard) -> row
         self._blocked: frozenset[tuple[int, int]] | None = None
         self._digests: Digests | None = None
+        self._names_file: bytes | None = None
         self._lock = -1
 
     def __enter__(self) -> BankEdit:
@@ -148,6 +152,10 @@ class BankEdit:
             checked.append((level, check_cluster(self.config, level, cluster)))
         self._blocked = frozenset(checked)
 
+    def set_names(self, data: bytes) -> None:
+        """Set the file with the names of clusters, given whole (``routing/names.py``)."""
+        self._names_file = data
+
     def set_checksums(self, digests: Digests) -> None:
         """Give the bank checksums of its blocks, which have to be those that it has now."""
         self._digests = digests
@@ -165,6 +173,8 @@ class BankEdit:
             changed |= self._changed_checksums()
             if self._blocked is not None and self._blocked != self.reader.blocked:
                 changed[BLOCKED] = self._write(BLOCKED, [blocked_bytes(self._blocked)])
+            if self._names_file is not None:
+                changed[NAMES] = self._write(NAMES, [self._names_file])
             changed = {
                 name: entry
                 for name, entry in changed.items()

@@ -46,6 +46,10 @@ class ClusterSettings(CorpusConfig):
     keep_work: bool = field(
         default=False, metadata={"help": "keep the vectors and parts in work/ at the end"}
     )
+    names: bool = field(
+        default=True,
+        metadata={"help": "name the clusters by the telling words of their documents"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             runner,
             unit_bytes=values.unit_size,
             keep_work=values.keep_work,
+            names=values.names,
         )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

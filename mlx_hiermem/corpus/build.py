@@ -19,17 +19,20 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import FormatError, InputError
+from ..routing.names import NAMES
+from ..routing.tree import ClusterTree
 from .config import CorpusConfig
 from .embedding import EmbedTask, UnitEmbedder
 from .encoders import TREE
 from .folder import file_sha256
 from .info import CorpusInfo, SplitInfo
+from .naming import name_clusters
 from .placing import Placements, place
 from .plan import Plan, begin, check_folder, find, only_one
 from .runners import LocalRunner, Runner
 from .sources import Unit
 from .summary import summarize
-from .trees import UnitAssigner, grow_tree, load_tree, remove_work
+from .trees import UnitAssigner, grow_tree, has_names, load_tree, remove_work
 from .workfolder import UnitRecord, WorkFolder, write_json
 from .writer import write_split
 
@@ -48,6 +51,7 @@ def build_corpus(
     *,
     unit_bytes: int = UNIT_BYTES,
     keep_work: bool = False,
+    names: bool = True,
 ) -> dict[str, Any]:
     """Make a corpus folder, or go on with one that a run before did not finish.
 
@@ -58,6 +62,8 @@ def build_corpus(
             result.
         unit_bytes: bytes of a unit of .txt and .jsonl.
         keep_work: leave ``work/`` in the folder.
+        names: name the clusters (``routing/names.py``); a tree that is given keeps the names that
+            lie beside it.
 
     Returns:
         The summary, which is in ``summary.json`` too.
@@ -74,7 +80,7 @@ def build_corpus(
         check_folder(out)
         with only_one(out):
             plan = begin(out, config, units, files, unit_bytes)
-            return _build(out, config, plan, runner, keep_work)
+            return _build(out, config, plan, runner, keep_work, names)
     except OSError as error:
         advice = "free some space, then run the same command again" * (error.errno in _FULL)
         place, reason = error.filename or out, error.strerror or error
@@ -86,7 +92,7 @@ def build_corpus(
 
 
 def _build(
-    out: Path, config: CorpusConfig, plan: Plan, runner: Runner, keep_work: bool
+    out: Path, config: CorpusConfig, plan: Plan, runner: Runner, keep_work: bool, names: bool
 ) -> dict[str, Any]:
     work = WorkFolder(out)
     shutil.rmtree(work.attempts, ignore_errors=True)  # of a run that was killed
@@ -114,6 +120,7 @@ def _build(
         placements = place(work, records, config, bar.update)
     splits = _write_splits(out, config, plan, placements)
     tree = load_tree(work.routing)
+    _names(work, config, plan, placements, tree, names)
     summary = summarize(work, records, placements, splits, tree.branching, tree.levels, config.seed)
     info = CorpusInfo(
         tokenizer=plan.tokenizer,
@@ -217,6 +224,37 @@ def _write_splits(
                 progress=progress,
             )
     return splits
+
+
+def _names(
+    work: WorkFolder,
+    config: CorpusConfig,
+    plan: Plan,
+    placements: Placements,
+    tree: ClusterTree,
+    wanted: bool,
+) -> None:
+    """Name the clusters, unless the names came with the tree."""
+    if not wanted:
+        (work.routing / NAMES).unlink(missing_ok=True)
+        return
+    if config.tree is not None and (work.routing / NAMES).exists() and has_names(config.tree):
+        return
+    with tqdm(desc="naming clusters", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.update(0)
+
+        name_clusters(
+            work,
+            placements.train,
+            tree.branching,
+            tree.levels,
+            plan.tokenizer["end_of_text"],
+            config.seed,
+            progress,
+        )
 
 
 def _source(

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import FormatError, InputError
 from ..routing.grow import grow
+from ..routing.names import NAMES, ClusterNames
 from ..routing.tree import ClusterTree
 from .config import DEFAULT_BRANCHING, DEFAULT_LEVELS, CorpusConfig
 from .encoders import TREE, Chosen
@@ -39,14 +40,14 @@ def load_tree(routing: Path) -> ClusterTree:
 
 
 def take_tree(config: CorpusConfig, routing: Path, width: int) -> None:
-    """Copy the tree that is given, as it is, into the routing folder.
+    """Copy the tree that is given, as it is, into the routing folder, with its names.
 
     Args:
         width: of the encoder's vectors.
 
     Raises:
         InputError: it is not of the shape that is asked for, or of another width.
-        FormatError: it is missing or damaged.
+        FormatError: it is missing or damaged, or its names are.
     """
     tree = load_tree(config.tree)
     for name in ("branching", "levels"):
@@ -60,7 +61,16 @@ def take_tree(config: CorpusConfig, routing: Path, width: int) -> None:
             f"{config.tree / TREE}: grown on vectors {tree.width} wide, the encoder gives {width}; "
             "leave --encoder out to take the tree's own"
         )
+    names = ClusterNames.load(config.tree)
+    if names is not None:
+        names.check(tree.branching, tree.levels)
+        names.save(routing)
     copy_files(config.tree, routing, [TREE])
+
+
+def has_names(folder: Path) -> bool:
+    """Whether the tree in ``folder`` has names beside it, which go where it goes."""
+    return (folder / NAMES).exists()
 
 
 # ---- growing ---------------------------------------------------------------------------
@@ -102,6 +112,7 @@ def grow_tree(
     vectors = _sample(work, records, rows, config)
     # What is left of a tree that is not wanted any more goes before the new settings are written.
     grown.unlink(missing_ok=True)
+    (work.routing / NAMES).unlink(missing_ok=True)
     for path in work.parts.glob("*.leaves.npy"):
         path.unlink()
     write_json(work.tree_settings, settings)

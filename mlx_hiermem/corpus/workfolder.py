@@ -11,6 +11,7 @@
       attempts/                      units under way, each in a folder of its own
       embeddings.npy                 the anchor's token embeddings, for the encoder made of them
       sample.f32, tree.json          what the tree is grown on, and with which settings
+      names.u32                      beginnings of windows that clusters are named after
 
 Notable: a unit is written in a folder of its own and then renamed into place, its record last; so a
 unit that is done twice, by a worker that was given up and its successor, does no harm.
@@ -89,6 +90,7 @@ class WorkFolder:
         self.tree_settings = self.folder / "tree.json"
         self.embeddings = self.folder / "embeddings.npy"
         self.sample = self.folder / "sample.f32"
+        self.name_sample = self.folder / "names.u32"
         self.routing = self.out / "routing"
         self.tokenizer = self.out / "tokenizer"
 

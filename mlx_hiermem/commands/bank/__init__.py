@@ -17,6 +17,7 @@ ACTIONS = {
     "quantize": "write a bank again in fewer bits",
     "block": "switch blocks off, for everybody who opens the bank",
     "unblock": "switch blocks on again",
+    "names": "name the clusters of a bank by telling words",
     "checksums": "give a bank the checksums of its blocks",
 }
 

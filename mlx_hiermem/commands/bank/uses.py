@@ -102,6 +102,12 @@ def of_questions(lm: MemoryLM, model: Path) -> Uses:
 
 def of_texts(lm: MemoryLM, texts: Sequence[str], what: str, source: str) -> Uses:
     """Texts, each routed through the model's encoder and tree; shows a progress bar."""
+    config = lm.bank.config
+    return Uses.of(config.branching, config.levels, leaves_of(lm, texts, what), what, source)
+
+
+def leaves_of(lm: MemoryLM, texts: Sequence[str], what: str) -> np.ndarray:
+    """(n,) int64: the leaf that each text is routed to; shows a progress bar."""
     from tqdm import tqdm
 
     leaves = np.empty(len(texts), np.int64)
@@ -112,8 +118,7 @@ def of_texts(lm: MemoryLM, texts: Sequence[str], what: str, source: str) -> Uses
             batch = texts[start : start + _BATCH]
             leaves[start : start + len(batch)] = lm.assign(batch)[:, -1]
             bar.update(len(batch))
-    config = lm.bank.config
-    return Uses.of(config.branching, config.levels, leaves, what, source)
+    return leaves
 
 
 def of_corpus(folder: str | Path, config: MemoryConfig, memory: Path) -> Uses:
