@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 # Run by each of two processes: RANK, the folder to save to, the file of the whole tensors.
 SAVE = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -40,7 +40,8 @@ state = {name: distribute_tensor(value, mesh, places[name]) if name in places el
          for name, value in whole.items()}
 dcp.save({"model": state, "epoch": 3, "optim": {"state": [{"m": torch.ones(2)}]}},
          checkpoint_id=folder)
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # taking gloo down may abort the process (torch 2.13); see save_dcp.py
 """
 
 
