@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint format atlas clean system browser
+.PHONY: demo test slow lint format atlas screenshots clean system browser
 
 demo: $(VENV)/.demo
 	$(BIN)/mlx_hiermem demo
@@ -25,6 +25,10 @@ format: $(VENV)/.dev
 # Trains the model that ships from nothing and writes it to mlx_hiermem/assets/atlas.
 atlas: $(VENV)/.dev
 	$(BIN)/python -m apps.atlas build --seed 0
+
+# The pictures of the demo page in docs/images, of the model that ships.
+screenshots: $(VENV)/.dev browser
+	$(BIN)/python -m tests.browser.screenshots
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,9 @@
 """The demo page: a prompt, a streamed answer, and what was fetched for it.
 
-- ``worker``: the thread that owns the model, and the queues to it; knows nothing of pages.
-- ``view``: answers and fetch reports as HTML; knows nothing of Gradio.
-- ``app``: the Gradio page and its server; the only module that imports Gradio.
+- ``line``, ``tickets``, ``answers``, ``worker``: the thread that owns the model, and the queues to
+  it; they know nothing of pages. ``own_blocks``: what one visitor has switched off.
+- ``facts``: what a page says about the model. ``desk``: what each visitor has.
+- ``view``, ``meters``, ``compare``, ``hands_on``, ``talk``, ``tree_view``: answers and reports as
+  HTML; they know nothing of Gradio.
+- ``controls``, ``*_tab``: the parts of the Gradio page. ``app``: puts them together, and serves.
 """

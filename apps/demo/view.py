@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from .worker import Ask, End, Facts
+from .facts import Facts
+from .tickets import Ask, Began, End
 
 if TYPE_CHECKING:
-    from mlx_hiermem.bank.report import FetchReport
+    from mlx_hiermem.bank.report import BlockReport, FetchReport
     from mlx_hiermem.engine import Response
 
 #: The choices of memory: the value for ``MemoryLM.stream``, the label, what it means.
@@ -37,6 +38,8 @@ class Answer:
         text: the answer so far.
         last: the last response, with path, fetch report and speed; None before the first.
         end: how it ended; None while it goes on.
+        began: what came before the first response.
+        lit: levels of the path that are lit up; the page lights one at a time.
     """
 
     ask: Ask
@@ -45,13 +48,37 @@ class Answer:
     text: str = ""
     last: Response | None = None
     end: End | None = None
+    began: Began | None = None
+    lit: int = 0
 
-    def update(self, update: Response | End) -> None:
+    def update(self, update: Began | Response | End) -> None:
         if isinstance(update, End):
             self.end = update
+        elif isinstance(update, Began):
+            self.began = update
         else:
             self.text += update.text
             self.last = update
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error."""
+        return self.end is not None and self.end.error is not None
+
+    @property
+    def blocks(self) -> list[BlockReport]:
+        """The blocks of the levels that are lit up; none of an answer without a path."""
+        if self.last is None or self.last.path is None or self.failed:
+            return []
+        return self.last.fetch.blocks[: self.lit]
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it has ended and all its levels are lit up."""
+        if self.end is None:
+            return False
+        dark = self.last is not None and self.last.path is not None
+        return self.failed or not dark or self.lit >= len(self.last.fetch.blocks)
 
     @property
     def status(self) -> str:
@@ -60,7 +87,7 @@ class Answer:
             return _ENDS.get(self.end.reason, self.end.reason)
         if self.last is not None:
             return "writing"
-        return f"waiting, {self.ahead} ahead" if self.ahead else "fetching"
+        return f"waiting, {self.ahead} ahead of you" if self.ahead else "fetching"
 
 
 def head(name: str, facts: Facts) -> str:
@@ -92,44 +119,67 @@ def answer(state: Answer | None) -> str:
             "<p class='hm-quiet'>The answer appears here, and below it what was fetched "
             "for it.</p></section>"
         )
-    if state.end is not None and state.end.error is not None:
-        text = escape(" ".join(state.end.error.splitlines()))
+    if state.failed:
         return (
             f"<section class='hm-card hm-answer' data-state='error' data-number='{state.number}' "
-            f"aria-label='Answer'><p class='hm-error' role='alert'>{text}</p></section>"
+            f"aria-label='Answer'>{error(state)}</section>"
         )
-    running = state.end is None
-    caret = "<span class='hm-caret' aria-hidden='true'></span>" if running else ""
     return (
-        f"<section class='hm-card hm-answer' data-state='{'running' if running else 'done'}' "
-        f"data-number='{state.number}' aria-label='Answer' aria-busy='{str(running).lower()}'>"
+        f"<section class='hm-card hm-answer' data-number='{state.number}' {progress(state)} "
+        "aria-label='Answer'>"
         # On lines of their own: whether a space belongs between them only the tokenizer knows.
-        f"<p class='hm-prompt'>{escape(state.ask.prompt)}</p>"
-        f"<p class='hm-text'><span class='hm-written'>{escape(state.text)}</span>{caret}</p>"
-        f"<p class='hm-status' role='status'>{escape(state.status)}</p></section>"
+        f"<p class='hm-prompt'>{escape(state.ask.prompt)}</p>{written(state)}{status(state)}"
+        "</section>"
     )
 
 
+def progress(state: Answer) -> str:
+    """Attributes that say whether it goes on."""
+    running = not state.is_shown
+    name = "error" if state.failed else "running" if running else "done"
+    return f"data-state='{name}' aria-busy='{str(running).lower()}'"
+
+
+def written(state: Answer, html: str | None = None) -> str:
+    """What the model wrote; as ``html``, where parts of it are marked."""
+    caret = "<span class='hm-caret' aria-hidden='true'></span>" if state.end is None else ""
+    text = escape(state.text) if html is None else html
+    return f"<p class='hm-text'><span class='hm-written'>{text}</span>{caret}</p>"
+
+
+def status(state: Answer) -> str:
+    """What is going on, for screen readers too."""
+    return f"<p class='hm-status' role='status'>{escape(state.status)}</p>"
+
+
+def error(state: Answer) -> str:
+    """What went wrong, in one line."""
+    assert state.end is not None
+    text = escape(" ".join((state.end.error or "").splitlines()))
+    return f"<p class='hm-error' role='alert'>{text}</p>"
+
+
 def report(state: Answer | None, facts: Facts) -> str:
-    """Path, fetch report and speed of an answer; nothing before the first token."""
-    if state is None or state.last is None or (state.end is not None and state.end.error):
+    """Path and fetch report of an answer; nothing before the first token."""
+    if state is None or state.last is None or state.failed:
         return ""
     last = state.last
-    parts = [_path(last)]
+    parts = [path(last, facts)]
     if last.fetch.blocks:
         parts.append(_table(last.fetch))
-    parts.append(_meters(last, facts))
     return (
         f"<section class='hm-card hm-report' data-memory='{last.memory}' "
         f"aria-label='What was fetched'>{''.join(parts)}</section>"
     )
 
 
-def _path(last: Response) -> str:
+def path(last: Response, facts: Facts) -> str:
+    """The cluster path with its names, or why there is none."""
     if last.path is not None:
         steps = "".join(
             f"<li><span class='hm-node'><span class='hm-level'>level {level}</span> "
-            f"<span class='hm-cluster'>{cluster}</span></span></li>"
+            f"<span class='hm-cluster'>{cluster}</span>"
+            f"<span class='hm-name'>{escape(facts.name(level, cluster))}</span></span></li>"
             for level, cluster in enumerate(last.path.ids, 1)
         )
         ids = ",".join(str(cluster) for cluster in last.path.ids)
@@ -163,22 +213,6 @@ def _table(fetch: FetchReport) -> str:
         f"<tfoot><tr><th scope='row' colspan='2'>Total</th>"
         f"<td data-bytes='{fetch.bytes}'>{fetch.bytes:,}</td><td>{fetch.ms:.3f}</td>"
         "<td></td><td></td></tr></tfoot></table></div>"
-    )
-
-
-def _meters(last: Response, facts: Facts) -> str:
-    share = last.fetch.bytes / facts.bank_bytes
-    bar = f"<span style='width:{share:.4%}'></span>" if share else ""
-    total = size(facts.bank_bytes)
-    return (
-        "<dl class='hm-meters'><div><dt>Speed</dt>"
-        f"<dd data-meter='speed'>{last.tokens_per_second:,.0f} tokens/s</dd></div>"
-        f"<div><dt>Tokens</dt><dd>{last.prompt_tokens} read, {last.generation_tokens} written</dd>"
-        "</div><div class='hm-wide'><dt>Fetched, of the whole bank</dt>"
-        f"<dd data-meter='share' data-bytes='{last.fetch.bytes}' data-bank='{facts.bank_bytes}'>"
-        f"{size(last.fetch.bytes)} of {total} ({share:.2%})"
-        f"<span class='hm-bar' aria-hidden='true'>{bar}</span>"
-        "</dd></div></dl>"
     )
 
 

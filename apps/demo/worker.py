@@ -4,124 +4,49 @@ Notable:
 - MLX arrays belong to the thread that makes them, and Gradio runs each step of a handler on any
   thread. So the model is loaded, used and closed in this thread alone; nothing that leaves it
   holds an MLX array.
-- A visitor asks with :meth:`ModelThread.submit` and reads the answer from a :class:`Ticket`.
-  Requests are answered one after another, in the order they came.
+- A visitor asks with :meth:`ModelThread.submit` and reads the answer from a :class:`Ticket`. One
+  group of requests is answered after another; visitors take turns (``line.FairLine``).
+- The requests of one group are answered together, a token of each in turn.
 - A ticket that is withdrawn (Stop, or a visitor who left) ends within one token, at once if it
   still waits in line.
 - An error ends its own request. If the thread itself ends, every request is told so: nobody waits
   for an answer that cannot come.
+- What a visitor has (blocks, a pinned path, a conversation) is in the request, or kept under the
+  visitor's name; the bank itself is the same for all.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_hiermem.errors import HierMemError
 
+from .answers import Answers
+from .facts import Facts
+from .line import FairLine
+from .tickets import Ask, Began, End, Ticket
+
 if TYPE_CHECKING:
-    from mlx_hiermem.engine import MemoryLM, Response
+    from mlx_hiermem.engine import MemoryLM
+
+T = TypeVar("T")
+
+_GONE = "the model's thread has ended; start the demo again"
 
 
-@dataclass(frozen=True)
-class Level:
-    """One level of the bank: ``level`` (from 1), how many ``clusters``, bytes of one block."""
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Requests that are answered together."""
 
-    level: int
-    clusters: int
-    block_bytes: int
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a page says about the model before anything is asked.
-
-    Attributes:
-        anchor_parameters: numbers in the anchor.
-        context_length: in tokens, or None when the anchor's config does not say.
-        levels: the levels with memory.
-        fetch_bytes: of one fetched memory.
-        bank_bytes: of the blocks of the whole bank.
-        chat: whether the tokenizer has a chat template, so that a prompt is a question and not
-            the beginning of a text.
-    """
-
-    anchor_parameters: int
-    context_length: int | None
-    levels: tuple[Level, ...]
-    fetch_bytes: int
-    bank_bytes: int
-    chat: bool = False
-
-    @classmethod
-    def of(cls, lm: MemoryLM) -> Facts:
-        from mlx.utils import tree_flatten
-
-        table = [row for row in lm.bank.inspect()["levels"] if row["rank"]]
-        return cls(
-            anchor_parameters=sum(array.size for _, array in tree_flatten(lm.model.parameters())),
-            context_length=lm.context_length,
-            levels=tuple(Level(r["level"], r["clusters"], r["block_bytes"]) for r in table),
-            fetch_bytes=sum(row["block_bytes"] for row in table),
-            bank_bytes=sum(row["total_bytes"] for row in table),
-            chat=bool(lm.tokenizer.has_chat_template),
-        )
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request: the arguments of ``MemoryLM.stream``."""
-
-    prompt: str
-    memory: str = "fetched"
-    max_tokens: int = 64
-
-
-@dataclass(frozen=True)
-class End:
-    """The last thing a ticket brings.
-
-    Attributes:
-        reason: "stop" (end of text), "length", "withdrawn" or "error".
-        error: one line, for "error".
-    """
-
-    reason: str
-    error: str | None = None
-
-
-class Ticket:
-    """A visitor's end of one request. Made by :meth:`ModelThread.submit`."""
-
-    def __init__(self, ask: Ask) -> None:
-        self.ask = ask
-        self.withdrawn = threading.Event()
-        self._updates: queue.SimpleQueue[Response | End] = queue.SimpleQueue()
-
-    def take(self, timeout: float) -> list[Response | End]:
-        """All that has come since the last call, in order; waits for the first.
-
-        Args:
-            timeout: seconds to wait; nothing within it gives an empty list. After an
-                :class:`End`, which is always last, nothing comes any more.
-        """
-        updates: list[Response | End] = []
-        try:
-            updates.append(self._updates.get(timeout=timeout))
-            while True:
-                updates.append(self._updates.get_nowait())
-        except queue.Empty:
-            return updates
-
-    def put(self, update: Response | End) -> None:
-        """For the model's thread."""
-        self._updates.put(update)
+    visitor: Hashable
+    tickets: tuple[Ticket, ...]
 
 
 class ModelThread:
@@ -133,13 +58,15 @@ class ModelThread:
 
     def __init__(self, load: Callable[[], MemoryLM]) -> None:
         self._load = load
-        self._line: deque[Ticket] = deque()
-        self._current: Ticket | None = None
+        self._line: FairLine[_Group] = FairLine()
+        self._current: _Group | None = None
+        self._calls: deque[tuple[Callable[[MemoryLM], Any], Future[Any]]] = deque()
         self._change = threading.Condition()
         self._ended: str | None = None  # why no more requests are answered
         self._ready = threading.Event()
         self._facts: Facts | None = None
         self._failure: BaseException | None = None
+        self._answers = Answers()
         # A daemon: an interpreter that has to go does not wait for an answer to be written.
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -163,38 +90,87 @@ class ModelThread:
         """Whether requests are answered."""
         return self._ended is None and self._thread.is_alive()
 
-    def submit(self, ask: Ask) -> Ticket:
+    def submit(self, ask: Ask, visitor: Hashable = None) -> Ticket:
         """Put a request in the line."""
-        ticket = Ticket(ask)
+        return self.submit_together([ask], visitor)[0]
+
+    def submit_together(self, asks: Sequence[Ask], visitor: Hashable = None) -> tuple[Ticket, ...]:
+        """Put requests in the line that are answered together, with one place in it.
+
+        Args:
+            visitor: whose turn they take, and whose conversation they belong to.
+        """
+        tickets = tuple(Ticket(ask) for ask in asks)
         with self._change:
             if self._ended is None:
-                self._line.append(ticket)
+                self._line.put(visitor, _Group(visitor, tickets))
                 self._change.notify()
             else:
-                ticket.put(End("error", self._ended))
-        return ticket
+                for ticket in tickets:
+                    ticket.put(End("error", self._ended))
+        return tickets
 
     def ahead(self, ticket: Ticket) -> int:
-        """How many requests are answered before this one; 0 when it is its turn or over."""
+        """How many groups are answered before this one; 0 when it is its turn or over."""
         with self._change:
-            if ticket not in self._line:
+            group = self._waiting(ticket)
+            if group is None:
                 return 0
-            return self._line.index(ticket) + (self._current is not None)
+            return (self._line.ahead(group) or 0) + (self._current is not None)
+
+    def _waiting(self, ticket: Ticket) -> _Group | None:
+        return next((group for group in self._line if ticket in group.tickets), None)
 
     def withdraw(self, ticket: Ticket) -> None:
         """End a request. Does not wait, and does nothing to one that has ended."""
-        ticket.withdrawn.set()
         with self._change:
-            if ticket in self._line:
-                self._line.remove(ticket)
+            group = self._waiting(ticket)
+            if group is not None and not ticket.withdrawn.is_set():
                 ticket.put(End("withdrawn"))
+            ticket.withdrawn.set()
+            if group is not None and all(one.withdrawn.is_set() for one in group.tickets):
+                self._line.remove(group)
+
+    def forget(self, visitor: Hashable) -> None:
+        """A visitor has left: end what they have asked for, and drop their conversation."""
+        with self._change:
+            groups = [group for group in self._line if group.visitor == visitor]
+            if self._current is not None and self._current.visitor == visitor:
+                groups.append(self._current)
+        for ticket in (ticket for group in groups for ticket in group.tickets):
+            self.withdraw(ticket)
+        self.end_conversation(visitor)
+
+    def end_conversation(self, visitor: Hashable) -> Future[Any]:
+        """The visitor's next turn begins a new conversation."""
+        return self.call(lambda lm: self._answers.drop(visitor))
+
+    def conversations(self) -> int:
+        """How many visitors have a conversation."""
+        return len(self._answers.conversations)
+
+    def call(self, function: Callable[[MemoryLM], T]) -> Future[T]:
+        """Have a short function called with the model, in its thread, between two tokens.
+
+        Returns:
+            Its result, which must hold no MLX array; or what it raised.
+        """
+        future: Future[T] = Future()
+        with self._change:
+            if self._ended is None:
+                self._calls.append((function, future))
+                self._change.notify()
+            else:
+                future.set_exception(RuntimeError(self._ended))
+        return future
 
     def close(self, timeout: float = 10.0) -> None:
         """End all requests, then the thread; waits ``timeout`` seconds at most."""
         self._end("the model was closed")
         with self._change:
             if self._current is not None:
-                self._current.withdrawn.set()
+                for ticket in self._current.tickets:
+                    ticket.withdrawn.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
 
@@ -221,55 +197,95 @@ class ModelThread:
         finally:
             self._ready.set()
         try:
-            while (ticket := self._next()) is not None:
-                self._answer(lm, ticket)
+            while (group := self._next(lm)) is not None:
+                self._answer(lm, group)
         finally:
-            self._end("the model's thread has ended; start the demo again")
+            self._end(_GONE)
+            self._answers.conversations.clear()
             lm.bank.close()
 
-    def _next(self) -> Ticket | None:
-        with self._change:
-            self._current = None
-            while not self._line and self._ended is None:
-                self._change.wait()
-            if self._ended is None:
-                self._current = self._line.popleft()
-            return self._current
+    def _next(self, lm: MemoryLM) -> _Group | None:
+        while True:
+            self._make_calls(lm)
+            with self._change:
+                self._current = None
+                while not self._line and not self._calls and self._ended is None:
+                    self._change.wait()
+                if self._ended is not None:
+                    return None
+                if self._calls:
+                    continue
+                group = self._line.take()
+                # Those withdrawn so far were told so; the others are told when they have ended.
+                going = tuple(one for one in group.tickets if not one.withdrawn.is_set())
+                self._current = _Group(group.visitor, going)
+                return self._current
 
-    def _answer(self, lm: MemoryLM, ticket: Ticket) -> None:
-        end = End("error", "the model's thread has ended; start the demo again")
+    def _make_calls(self, lm: MemoryLM) -> None:
+        while True:
+            with self._change:
+                if not self._calls:
+                    return
+                function, future = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(lm))
+                except Exception as error:
+                    future.set_exception(error)
+
+    def _answer(self, lm: MemoryLM, group: _Group) -> None:
+        """A token of each request in turn, until all have ended."""
+        going = list(group.tickets)
+        # mlx-lm sets a limit while a generator is open, and puts back what it found. So they are
+        # closed in the reverse order, by name: left to the garbage collector they could end
+        # anywhere.
         try:
-            # Closed by name: a generator left to the garbage collector could end anywhere.
-            with closing(_stream(lm, ticket.ask)) as responses:
-                for response in responses:
-                    if ticket.withdrawn.is_set():
-                        end = End("withdrawn")
-                        break
-                    ticket.put(response)
-                    if response.finish_reason is not None:
-                        end = End(response.finish_reason)
+            with ExitStack() as stack:
+                runs = deque()
+                for ticket in group.tickets:
+                    responses = self._answers.stream(lm, ticket.ask, group.visitor)
+                    runs.append((ticket, stack.enter_context(closing(responses))))
+                while runs:
+                    ticket, responses = runs.popleft()
+                    self._make_calls(lm)
+                    end = self._step(ticket, responses)
+                    if end is None:
+                        runs.append((ticket, responses))
+                    else:
+                        going.remove(ticket)
+                        ticket.put(end)
+        finally:
+            for ticket in going:
+                ticket.put(End("error", _GONE))
+
+    def _step(self, ticket: Ticket, responses: Iterator[Any]) -> End | None:
+        """Bring one piece of an answer; how it ended, if it has."""
+        if ticket.withdrawn.is_set():
+            return End("withdrawn")
+        try:
+            for update in responses:
+                if ticket.withdrawn.is_set():
+                    return End("withdrawn")
+                ticket.put(update)
+                if isinstance(update, Began):
+                    continue  # the piece that it announces is there
+                return None if update.finish_reason is None else End(update.finish_reason)
+            return End("length")
         except HierMemError as error:
-            end = End("error", str(error))
+            return End("error", str(error))
         except Exception as error:
             traceback.print_exc()
-            end = End("error", f"{type(error).__name__}: {error} (a fault of ours; see the log)")
-        finally:
-            ticket.put(end)
+            return End("error", f"{type(error).__name__}: {error} (a fault of ours; see the log)")
 
     def _end(self, reason: str) -> None:
         with self._change:
             if self._ended is None:
                 self._ended = reason
-            for ticket in self._line:
-                ticket.put(End("error", self._ended))
+            for group in self._line:
+                for ticket in group.tickets:
+                    if not ticket.withdrawn.is_set():
+                        ticket.put(End("error", self._ended))
             self._line.clear()
+            while self._calls:
+                self._calls.popleft()[1].set_exception(RuntimeError(self._ended))
             self._change.notify_all()
-
-
-def _stream(lm: MemoryLM, ask: Ask) -> Iterator[Response]:
-    from mlx_hiermem.conversation import chat_tokens
-
-    prompt: str | list[int] = ask.prompt
-    if lm.tokenizer.has_chat_template and prompt.strip():
-        prompt = chat_tokens(lm, [{"role": "user", "content": prompt}])
-    return lm.stream(prompt, ask.memory, ask.max_tokens, route_on=ask.prompt)

@@ -25,21 +25,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="port to listen on; 0 takes a free one (default: %(default)s)",
     )
     parser.add_argument(
+        "--run",
+        dest="run_folder",  # args.run is the subcommand's function
+        metavar="FOLDER",
+        help="a training run, whose learning curves are shown live",
+    )
+    parser.add_argument(
         "--no-browser", action="store_true", help="print the address and open no browser"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     from ..apps.demo.worker import ModelThread
+    from ..bank.parts import Part
+    from ..bank.reader import BlockReader
 
-    port = free_port(args.host, args.port)  # before the seconds that the model takes
+    run_folder = None if args.run_folder is None else Path(args.run_folder).expanduser()
+    if run_folder is not None:
+        from ..apps.demo.training_tab import check_run
+
+        check_run(run_folder)  # before the seconds that the model takes
+    port = free_port(args.host, args.port)
     thread = ModelThread(partial(load_model, args))
     facts = thread.start()
     try:
         from ..apps.demo.app import Demo, serve  # imports Gradio: seconds
 
         name = Path(args.model).name if Path(args.model).exists() else args.model
-        serve(Demo(thread, facts, name), args.host, port, not args.no_browser)
+        part = Part.of(args.levels, args.subtrees)
+        reader = partial(BlockReader, facts.folder, dict(args.level_folder), part)
+        demo = Demo(thread, facts, name, reader, run_folder)
+        serve(demo, args.host, port, not args.no_browser)
     finally:
         thread.close()
     return 0

@@ -6,11 +6,13 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from apps.demo.worker import Ask, End, ModelThread, Ticket
+from apps.demo.tickets import Ask, Began, End, Ticket
+from apps.demo.worker import ModelThread
 from mlx_hiermem import load
 from mlx_hiermem.engine import MemoryLM, Response
 from mlx_hiermem.errors import ConfigError, FormatError
@@ -39,7 +41,7 @@ def updates(ticket: Ticket) -> Iterator[Response | End]:
     while True:
         batch = ticket.take(PATIENCE)
         assert batch, "no answer"
-        yield from batch
+        yield from (update for update in batch if not isinstance(update, Began))
         if isinstance(batch[-1], End):
             return
 
@@ -166,6 +168,85 @@ def test_an_error_ends_its_own_request(thread):
     assert "max_tokens is 0" in answer_error(thread.submit(Ask("Oslo", max_tokens=0)))
     assert "memory is 'all'" in answer_error(thread.submit(Ask("Oslo", "all")))
     assert answer(thread.submit(Ask("Oslo", max_tokens=2)))[2] == End("length")
+
+
+def test_together_a_token_of_each_in_turn(folder, thread):
+    asks = [Ask("Oslo lies in", memory, 20) for memory in ("none", "generic", "fetched")]
+    tickets = thread.submit_together(asks, "a")
+    answers = [answer(ticket) for ticket in tickets]
+    lm = load(folder)
+    assert [text for text, *_ in answers] == [
+        lm.generate("Oslo lies in", ask.memory, 20) for ask in asks
+    ]
+    # Cut off in the midst, all have got as far.
+    tickets = thread.submit_together([replace(ask, max_tokens=250) for ask in asks], "a")
+    assert tickets[0].take(PATIENCE)
+    thread.call(lambda lm: [ticket.withdrawn.set() for ticket in tickets]).result(PATIENCE)
+    lengths = [sum(1 for _ in updates(ticket)) for ticket in tickets]
+    assert max(lengths) - min(lengths) <= 2 and max(lengths) < 240
+
+
+def test_one_of_several_is_withdrawn_and_the_others_go_on(folder):
+    thread, reached, go = held_thread(folder)
+    first = thread.submit(Ask("Oslo", max_tokens=2), "a")
+    assert reached.wait(PATIENCE)
+    group = thread.submit_together([Ask("Rome", max_tokens=2), Ask("Bonn", max_tokens=2)], "b")
+    thread.withdraw(group[0])
+    thread.withdraw(group[0])
+    assert group[0].take(PATIENCE) == [End("withdrawn")]
+    go.set()
+    assert answer(group[1])[2] == answer(first)[2] == End("length")
+    assert group[0].take(0) == []
+    thread.close()
+
+
+def test_visitors_are_answered_in_turn(folder):
+    thread, reached, go = held_thread(folder)
+    thread.submit(Ask("Oslo", max_tokens=2), "a")
+    assert reached.wait(PATIENCE)
+    mine = [thread.submit(Ask(name, max_tokens=2), "a") for name in ("Rome", "Bonn")]
+    theirs = thread.submit(Ask("Riga", max_tokens=2), "b")
+    assert [thread.ahead(ticket) for ticket in (*mine, theirs)] == [1, 3, 2]
+    thread.forget("a")
+    assert [ticket.take(PATIENCE) for ticket in mine] == [[End("withdrawn")]] * 2
+    assert thread.ahead(theirs) == 1
+    go.set()
+    assert answer(theirs)[2] == End("length")
+    thread.close()
+
+
+def test_calls_come_between_two_tokens(thread):
+    ticket = thread.submit(Ask("Oslo", max_tokens=250))
+    stream = updates(ticket)
+    next(stream)
+    assert thread.call(lambda lm: lm.bank.config.branching).result(PATIENCE) == 3
+    with pytest.raises(ZeroDivisionError):
+        thread.call(lambda lm: 1 // 0).result(PATIENCE)
+    assert list(stream)[-1] == End("length")
+    thread.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        thread.call(lambda lm: None).result(PATIENCE)
+
+
+def test_conversations_are_kept_by_visitor(tmp_path):
+    chat = make_tiny_model(tmp_path)
+    config = json.loads((chat / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
+    (chat / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    thread = ModelThread(lambda: load(chat))
+    thread.start()
+
+    def turn(text: str, visitor: str) -> int:
+        return answer(thread.submit(Ask(text, max_tokens=4, turn=True), visitor))[1].prompt_tokens
+
+    alone = turn("Oslo", "a")
+    assert turn("Oslo", "b") == alone
+    assert turn("Rome", "a") == alone * 2 + 5  # it sees the turn before, of four tokens in brackets
+    thread.forget("a")
+    assert turn("Rome", "a") == alone
+    assert thread.conversations() == 2
+    thread.close()
+    assert thread.conversations() == 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
