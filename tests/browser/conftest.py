@@ -44,7 +44,9 @@ def lm(servers) -> MemoryLM:
     return load(servers[0].model)
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: while Playwright runs, its event loop is that of this thread, and
+# tests that run a loop of their own fail.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
