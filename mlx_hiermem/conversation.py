@@ -6,7 +6,7 @@ of the KV cache is what a turn's tokens begin with, compared token by token, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
@@ -89,10 +89,12 @@ class Conversation:
 
     Args:
         lm: the model.
-        memory: "fetched", "generic" or "none"; may be changed between turns.
+        memory: as in ``MemoryLM.fetch``; may be changed between turns.
         refetch: may be changed between turns. "turn": each message is routed anew. "tokens:N":
             besides, the answer's own text is. "never": the memory that is in use stays, from the
             first message on. Blocks that are blocked meanwhile are left out at the next turn.
+        blocked: blocks (level, cluster) that this conversation's memories are fetched without; may
+            be changed between turns.
 
     The KV cache of the turns before is reused, so only new tokens are prefilled, as long as the
     memory is the same one; when it changes, ``refetch.kv_cache`` decides.
@@ -102,9 +104,16 @@ class Conversation:
         kept: the KV cache of the turns before.
     """
 
-    def __init__(self, lm: MemoryLM, memory: str = "fetched", refetch: str | Refetch = "turn"):
+    def __init__(
+        self,
+        lm: MemoryLM,
+        memory: str | Sequence[int] = "fetched",
+        refetch: str | Refetch = "turn",
+        blocked: Collection[tuple[int, int]] = (),
+    ):
         self.lm = lm
         self.memory = memory
+        self.blocked = blocked
         self.refetch = Refetch.parse(refetch)
         self.messages: list[dict[str, str]] = []
         self.kept = KeptCache()
@@ -133,7 +142,13 @@ class Conversation:
         """
         if not self.is_kept:
             yield from self.lm.stream(
-                text, self.memory, max_tokens, sampler, refetch=self.refetch, **options
+                text,
+                self.memory,
+                max_tokens,
+                sampler,
+                refetch=self.refetch,
+                blocked=self.blocked,
+                **options,
             )
             return
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -146,6 +161,7 @@ class Conversation:
             route_on=text,
             refetch=self.refetch,
             kept=self.kept,
+            blocked=self.blocked,
             **options,
         )
         answer, ended = "", False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from mlx_lm.generate import stream_generate
 
 from . import scoring
 from .anchors import compute_dtype
+from .bank.address import check_block
 from .bank.report import FetchedMemory, FetchReport
 from .bank.store import MemoryBank
 from .errors import FormatError, InputError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 MEMORIES = ("fetched", "generic", "none")
 
 Memory = str | Sequence[int]
+Blocks = Iterable[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -163,27 +165,34 @@ class MemoryLM:
             )
         return self.tree, self.encoder
 
-    def fetch(self, memory: Memory = "fetched", text: str | None = None) -> Fetched:
+    def fetch(
+        self, memory: Memory = "fetched", text: str | None = None, blocked: Blocks = ()
+    ) -> Fetched:
         """Fetch a memory.
 
         Args:
             memory: "fetched" (the blocks on the path of ``text``), "generic", "none", or the ids
                 of a path.
             text: the context that is routed; only "fetched" needs it.
+            blocked: blocks (level, cluster) that read as zeros in this memory, beside those that
+                are blocked in the bank. The generic memory has none.
 
         Raises:
             InputError: an unknown word, or "fetched" without a text.
-            PathError: the path is not one of the tree.
+            PathError: the path is not one of the tree, or a block to be blocked does not exist.
         """
-        return self.fetch_batch(memory, [text])[0]
+        return self.fetch_batch(memory, [text], blocked)[0]
 
-    def fetch_batch(self, memory: Memory, texts: Sequence[str | None]) -> list[Fetched]:
+    def fetch_batch(
+        self, memory: Memory, texts: Sequence[str | None], blocked: Blocks = ()
+    ) -> list[Fetched]:
         """Fetch the memories of several contexts, each distinct block once; as :meth:`fetch`."""
         paths: list[ClusterPath | None]
+        blocked = [check_block(self.bank.config, pair) for pair in blocked]
         if not texts:
             return []
         if not isinstance(memory, str):
-            found, kind = self._fetch_paths([memory] * len(texts)), "path"
+            found, kind = self._fetch_paths([memory] * len(texts), blocked), "path"
             paths = [ClusterPath(tuple(map(int, memory)), ())] * len(texts)
         elif memory == "none":
             return [Fetched(None, "none", None, FetchReport([])) for _ in texts]
@@ -200,7 +209,7 @@ class MemoryLM:
             if len(given) < len(texts):
                 raise InputError("memory is 'fetched', but there is no text to route; pass one")
             routed = [self.route(*given)] if len(given) == 1 else self._routes(given)
-            found, kind = self._fetch_paths([path.ids for path in routed]), "fetched"
+            found, kind = self._fetch_paths([path.ids for path in routed], blocked), "fetched"
             paths = list(routed)
         ready: dict[int, mx.array] = {}  # memories that are shared are made ready once
         for one in found:
@@ -211,8 +220,10 @@ class MemoryLM:
             for one, path in zip(found, paths, strict=True)
         ]
 
-    def _fetch_paths(self, paths: Sequence[Sequence[int]]) -> list[FetchedMemory]:
-        return [self.bank.fetch(*paths)] if len(paths) == 1 else self.bank.fetch_many(paths)
+    def _fetch_paths(self, paths: Sequence[Sequence[int]], blocked: Blocks) -> list[FetchedMemory]:
+        if len(paths) == 1:
+            return [self.bank.fetch(*paths, blocked)]
+        return self.bank.fetch_many(paths, blocked)
 
     def _ready(self, found: FetchedMemory) -> mx.array:
         """A memory (1, N) in the model's dtype; the bank's own buffer where that fits."""
@@ -267,6 +278,7 @@ class MemoryLM:
         refetch: str | Refetch = "never",
         kv_cache: str = DEFAULT_KV_CACHE,
         kept: KeptCache | None = None,
+        blocked: Blocks = (),
         **options: Any,
     ) -> Iterator[Response]:
         """Generate, piece by piece, with a memory that is fetched before the first token.
@@ -284,6 +296,7 @@ class MemoryLM:
                 "keep" or "recompute". A :class:`Refetch` brings its own.
             kept: the KV cache of an earlier text (``conversation.KeptCache``), from which what
                 this prompt begins with is reused; holds this text afterwards.
+            blocked: as in :meth:`fetch`, for this answer alone.
             options: handed on to mlx-lm's ``generate_step`` (``logits_processors``, ...), which
                 sees the tokens that are prefilled, not those that are reused.
 
@@ -291,7 +304,7 @@ class MemoryLM:
             InputError: the prompt is empty or longer than the context.
         """
         policy = Refetch.parse(refetch, kv_cache)
-        answer = self._begin(prompt, memory, max_tokens, route_on, policy, kept)
+        answer = self._begin(prompt, memory, max_tokens, route_on, policy, kept, tuple(blocked))
         used, refetches, checked = answer.fetched, 0, None
         with self._generating(answer):
             pieces = stream_generate(
@@ -336,6 +349,7 @@ class MemoryLM:
         route_on: str | None,
         policy: Refetch,
         kept: KeptCache | None,
+        blocked: tuple[tuple[int, int], ...] = (),
     ) -> Answer:
         """Check a prompt, fetch its memory and make its cache; see :meth:`stream`."""
         tokens, text = self._prompt(prompt)
@@ -343,8 +357,8 @@ class MemoryLM:
             raise InputError(f"max_tokens is {max_tokens}; expected at least 1")
         if self.context_length is not None:
             max_tokens = min(max_tokens, self.context_length - len(tokens))
-        fetched = self.fetch(memory, text if route_on is None else route_on)
-        return Answer(self, tokens, route_on, fetched, policy, max_tokens, kept)
+        fetched = self.fetch(memory, text if route_on is None else route_on, blocked)
+        return Answer(self, tokens, route_on, fetched, policy, max_tokens, kept, blocked)
 
     @contextmanager
     def _generating(self, answer: Answer) -> Iterator[None]:

@@ -21,7 +21,7 @@ Notable:
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,7 @@ class Answer:
         policy: when to fetch anew. Only a memory of kind "fetched" is ever routed again.
         max_tokens: the longest answer.
         kept: the KV cache of an earlier text, whose beginning this one may share.
+        blocked: blocks that every memory of this answer is fetched without.
 
     Attributes:
         fetched: the memory in use.
@@ -143,6 +144,7 @@ class Answer:
         policy: Refetch,
         max_tokens: int,
         kept: KeptCache | None = None,
+        blocked: Collection[tuple[int, int]] = (),
     ) -> None:
         self.fetched = fetched
         self.tokens = list(tokens)
@@ -151,6 +153,7 @@ class Answer:
         self._lm = lm
         self._policy = policy
         self._kept = kept
+        self._blocked = blocked
         self._prompt = len(self.tokens)
         self._every = policy.every if fetched.kind == "fetched" else 0
         self._routed = self.tokens[: self._prompt]
@@ -198,12 +201,14 @@ class Answer:
             return False
         bank, lm = self._lm.bank, self._lm
         ids = {level: path.ids[level - 1] for level in bank.config.memory_levels}
-        key = tuple((level, i, (level, i) in bank.blocked) for level, i in ids.items())
+        off = bank.blocked | set(self._blocked)
+        key = tuple((level, i, (level, i) in off) for level, i in ids.items())
         if key == memory_key(self.fetched):
             return False
         self._settle()
         self.fetched.release()
-        self.fetched = replace(lm.fetch(path.ids), kind="fetched", path=path)
+        fetched = lm.fetch(path.ids, blocked=self._blocked)
+        self.fetched = replace(fetched, kind="fetched", path=path)
         if self._policy.kv_cache == "keep":
             self.cache[-1] = lm.model.memory_entry(self.fetched.memory)
             self._shaped_by.add(key)

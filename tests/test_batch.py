@@ -101,6 +101,29 @@ def test_sequences_that_come_and_go(lm):
     ]
 
 
+def test_one_with_a_memory_comes_to_several_without(lm):
+    """Two prompts of different lengths, no memory; then one that has one."""
+    generator = BatchGenerator(lm.model, max_tokens=COUNT)
+
+    def insert(numbers: list[int], memory: str) -> list[int]:
+        return generator.insert(
+            [lm.tokenize(PROMPTS[i]) for i in numbers],
+            caches=[lm.prompt_cache(memory, PROMPTS[i]) for i in numbers],
+        )
+
+    found: dict[int, list[int]] = {}
+    uids = insert([0, 1], "none")
+    collect(generator, found, rounds=3)
+    uids += insert([2], "fetched")
+    collect(generator, found)
+    generator.close()
+    assert [found[uid] for uid in uids] == [
+        single(lm, PROMPTS[0], "none"),
+        single(lm, PROMPTS[1], "none"),
+        single(lm, PROMPTS[2]),
+    ]
+
+
 def test_a_batchs_caches_go_on_where_it_stopped(lm):
     first = batch_generate(
         lm.model,

@@ -222,6 +222,20 @@ def test_a_block_that_is_blocked_between_turns(lm):
         lm.bank.unblock(1, A[0])
 
 
+def test_a_block_that_one_conversation_does_without(lm):
+    conversation = Conversation(lm, refetch=Refetch("turn", kv_cache="recompute"))
+    say(conversation, "gold")
+    conversation.blocked = [(1, A[0])]
+    lm.bank.block(1, A[0])
+    expected = scratch(lm, conversation, "iron", A)
+    lm.bank.unblock(1, A[0])
+    assert scratch(lm, conversation, "iron", A) != expected
+    tokens, last = say(conversation, "iron")
+    assert tokens == expected and last.cached_tokens == 0
+    assert last.fetch.blocks[0].source == "blocked"
+    assert say(conversation, "iron")[1].cached_tokens
+
+
 def test_another_memory_between_turns(lm):
     conversation = Conversation(lm, refetch=Refetch("never", kv_cache="recompute"))
     say(conversation, "gold")

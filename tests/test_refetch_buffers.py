@@ -134,11 +134,11 @@ def test_an_error_in_the_midst_ends_one_answer(lm, routes, loans, monkeypatch, w
     routes(A, B)
     calls, real = [], getattr(lm, what)
 
-    def fails(*arguments):
+    def fails(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 3:
             raise FormatError("the disk is gone")
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(lm, what, fails)

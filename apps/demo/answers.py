@@ -41,10 +41,6 @@ class Answers:
             HierMemError: as ``MemoryLM.stream``.
         """
         start = time.perf_counter()
-        if ask.blocked:
-            from .own_blocks import OwnBlocksLM
-
-            lm = OwnBlocksLM(lm, ask.blocked)
         with closing(self._responses(lm, ask, visitor)) as responses:
             for count, response in enumerate(responses):
                 if not count:
@@ -59,12 +55,14 @@ class Answers:
 
         if ask.turn:
             talk = self._conversation(lm, visitor)
-            talk.memory = ask.memory
+            talk.memory, talk.blocked = ask.memory, ask.blocked
             return talk.answer(ask.prompt, ask.max_tokens)
         prompt: str | list[int] = ask.prompt
         if lm.tokenizer.has_chat_template and prompt.strip():
             prompt = chat_tokens(lm, [{"role": "user", "content": prompt}])
-        return lm.stream(prompt, ask.memory, ask.max_tokens, route_on=ask.prompt)
+        return lm.stream(
+            prompt, ask.memory, ask.max_tokens, route_on=ask.prompt, blocked=ask.blocked
+        )
 
     def _conversation(self, lm: MemoryLM, visitor: Hashable) -> Conversation:
         from mlx_hiermem.conversation import Conversation
@@ -73,7 +71,6 @@ class Answers:
         self.conversations.move_to_end(visitor)
         for silent in list(self.conversations.values())[:-KEPT]:
             silent.kept.clear()
-        talk.lm = lm  # with the blocks of this turn
         return talk
 
     def drop(self, visitor: Hashable) -> None:

@@ -55,6 +55,13 @@ def check_pair(pair: Any) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
+def check_block(config: MemoryConfig, pair: Any) -> tuple[int, int]:
+    """``pair`` as the (level, cluster) of a block; PathError if the bank has no such block."""
+    level, cluster = check_pair(pair)
+    level = check_level(config, level)
+    return level, check_cluster(config, level, cluster)
+
+
 def check_path(config: MemoryConfig, path: Sequence[int]) -> list[int]:
     """``path`` as ints; PathError if it is not a path of the tree, from level 1 to the leaf."""
     shown = str(path)[:80]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import MemoryConfig
 from ..errors import FormatError, PathError
-from .address import check_cluster, check_level, check_pair
+from .address import check_block
 from .files import read_text
 
 BLOCKED = "blocked.json"
@@ -39,15 +39,9 @@ def read_blocked(
     if not isinstance(table["blocked"], list):
         raise wrong("blocked is not a list")
     try:
-        return frozenset(_block(config, pair) for pair in table["blocked"])
+        return frozenset(check_block(config, pair) for pair in table["blocked"])
     except PathError as error:
         raise wrong(str(error)) from None
-
-
-def _block(config: MemoryConfig, pair: Any) -> tuple[int, int]:
-    level, cluster = check_pair(pair)
-    level = check_level(config, level)
-    return level, check_cluster(config, level, cluster)
 
 
 def blocked_bytes(pairs: Iterable[tuple[int, int]]) -> bytes:

@@ -25,11 +25,17 @@ from .stored import StoredLayout
 
 @dataclass(frozen=True)
 class Request:
-    """What a memory is to hold: for each level with memory the cluster (None: the generic memory's
-    block) and the key of what its rows shall be."""
+    """What a memory is to hold.
+
+    Attributes:
+        clusters: for each level with memory the cluster; None: the generic memory's block.
+        keys: for each level with memory the key of what its rows shall be.
+        blocked: levels whose block is blocked.
+    """
 
     clusters: Mapping[int, int | None]
     keys: Mapping[int, Key]
+    blocked: frozenset[int] = frozenset()
 
 
 @dataclass

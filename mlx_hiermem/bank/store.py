@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
-from .address import check_cluster, check_level, check_pair, check_path
+from .address import check_block, check_path
 from .cache import BlockCache
 from .fill import Filler, Request, Step
 from .inspect import describe, level_bytes
@@ -138,7 +138,7 @@ class MemoryBank:
                 reader, plan_tiers(reader.config, memory_budget, tiers, present), check_blocks
             )
             for pair in blocked:
-                bank.block(*check_pair(pair))
+                bank.block(*check_block(bank.config, pair))
             total = sum(present[level] for level in bank.resident_levels)
             report = partial(progress, total) if progress else lambda count: None
             for level in bank.resident_levels:
@@ -188,21 +188,28 @@ class MemoryBank:
 
     # ---- fetching ----------------------------------------------------------------------
 
-    def fetch(self, path: Sequence[int]) -> FetchedMemory:
+    def fetch(self, path: Sequence[int], blocked: Iterable[tuple[int, int]] = ()) -> FetchedMemory:
         """Fetch the blocks on ``path``.
 
         Args:
             path: one cluster per level, also for levels of rank 0: p ids, each counted from 0
                 within its level, each a child of the one before (parent of i is i // k).
+            blocked: pairs (level, cluster) that are blocked for this fetch alone, beside those that
+                are :attr:`blocked` for all.
 
         Raises:
-            PathError: the path is not one of the tree.
+            PathError: the path is not one of the tree, or a block to be blocked does not exist.
             FormatError: a file was truncated or cannot be read. The bank can be used on.
         """
-        return self._fetch(self._request(path))
+        return self._fetch(self._request(path, self._blocked_with(blocked)))
 
-    def fetch_many(self, paths: Sequence[Sequence[int]]) -> list[FetchedMemory]:
+    def fetch_many(
+        self, paths: Sequence[Sequence[int]], blocked: Iterable[tuple[int, int]] = ()
+    ) -> list[FetchedMemory]:
         """Fetch the memories of a batch; each distinct block is read once.
+
+        Args:
+            paths, blocked: as in :meth:`fetch`.
 
         Returns:
             One memory for each path. Equal paths share one buffer, which is free when all of them
@@ -211,7 +218,8 @@ class MemoryBank:
         Raises:
             as :meth:`fetch`; nothing is kept then.
         """
-        requests = [self._request(path) for path in paths]
+        off = self._blocked_with(blocked)
+        requests = [self._request(path, off) for path in paths]
         places: dict[tuple[int, Key], Slot] = {}
         unused: list[Slot] = []  # kept until the end, for the blocks that they hold
         distinct: dict[tuple, FetchedMemory] = {}
@@ -251,14 +259,20 @@ class MemoryBank:
         Raises:
             PathError: the path is not one of the tree.
         """
-        keys = self._request(path, count=False).keys
+        keys = self._request(path, self._blocked, count=False).keys
         if (running := self._prefetcher.same(keys)) is not None:
             return running
         self._prefetcher.drop()
         slot = self._pool.take(keys)
         return self._prefetcher.start(path, keys, slot, self._plan(slot, keys, {}))
 
-    def _request(self, path: Sequence[int], count: bool = True) -> Request:
+    def _blocked_with(self, more: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+        pairs = {check_block(self.config, pair) for pair in more}
+        return self._blocked | pairs if pairs else self._blocked
+
+    def _request(
+        self, path: Sequence[int], blocked: set[tuple[int, int]], count: bool = True
+    ) -> Request:
         self._check_open()
         ids = check_path(self.config, path)
         clusters = {level: ids[level - 1] for level in self.config.memory_levels}
@@ -266,9 +280,10 @@ class MemoryBank:
         for level, cluster in clusters.items():
             if count:
                 self.uses[level, cluster] += 1
-            zeros = (level, cluster) in self._blocked or not self._reader.has(level, cluster)
+            zeros = (level, cluster) in blocked or not self._reader.has(level, cluster)
             keys[level] = ZEROS if zeros else cluster
-        return Request(clusters, keys)
+        off = frozenset(level for level, cluster in clusters.items() if (level, cluster) in blocked)
+        return Request(clusters, keys, off)
 
     def _fetch(self, request: Request) -> FetchedMemory:
         memory, slot = self._fill(request, {})
@@ -341,7 +356,7 @@ class MemoryBank:
         if step.key != ZEROS:
             nbytes = self._layout.block_bytes(step.level)
             return BlockReport(step.level, cluster, nbytes, step.ms, step.source)
-        blocked = (step.level, cluster) in self._blocked
+        blocked = step.level in request.blocked
         source = "blocked" if blocked else "absent"
         return BlockReport(step.level, cluster, 0, step.ms, source, blocked)
 
@@ -358,7 +373,7 @@ class MemoryBank:
         Raises:
             PathError: there is no such block.
         """
-        key = self._key(level, cluster)
+        key = check_block(self.config, (level, cluster))
         self._blocked.add(key)
         self._cache.discard(key)
 
@@ -368,11 +383,7 @@ class MemoryBank:
         Raises:
             PathError: there is no such block.
         """
-        self._blocked.discard(self._key(level, cluster))
-
-    def _key(self, level: int, cluster: int) -> tuple[int, int]:
-        level = check_level(self.config, level)
-        return level, check_cluster(self.config, level, cluster)
+        self._blocked.discard(check_block(self.config, (level, cluster)))
 
     # ---- looking -----------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Each held-out question is answered under six conditions:
 - ``generic``: the generic memory, the fair control;
 - ``fetched``: the blocks on the path of the prompt, as in ordinary use;
 - ``wrong``: the blocks on a path in another level-1 subtree;
-- ``blocked``: the path of the prompt, with the blocks on it blocked in the bank (section 4 of the
+- ``blocked``: the path of the prompt, with the blocks on it blocked (section 4 of the
   paper blocks the best-matching 1/16 of its bank: a level-1 cluster and all below it);
 - ``anchor_same_tokens``: the second control, a bare anchor that was trained on as many tokens as
   anchor and memory together.
@@ -22,8 +22,7 @@ in other tokens than the tokenizer makes of it is a miss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,6 @@ from ..memories import attach
 from .questions import Question, read_questions, write_questions
 
 if TYPE_CHECKING:
-    from ..bank.store import MemoryBank
     from ..engine import Memory, MemoryLM
 
 __all__ = [
@@ -46,7 +44,6 @@ __all__ = [
     "QUESTIONS_FILE",
     "Question",
     "answer",
-    "blocked_path",
     "by_bucket",
     "by_family",
     "load_control",
@@ -138,24 +135,8 @@ def _ask(
 
 
 def _fetch(lm: MemoryLM, memory: Memory, block: bool) -> mx.array | None:
-    if not block:
-        return lm.fetch(memory).memory
-    with blocked_path(lm.bank, memory):
-        return lm.fetch(memory).memory
-
-
-@contextmanager
-def blocked_path(bank: MemoryBank, path: Sequence[int]) -> Iterator[None]:
-    """Within it the blocks on ``path`` are blocked; those that were so before stay so after it."""
-    keys = [(level, path[level - 1]) for level in bank.config.memory_levels]
-    keys = [key for key in keys if key not in bank.blocked]
-    try:
-        for key in keys:
-            bank.block(*key)
-        yield
-    finally:
-        for key in keys:
-            bank.unblock(*key)
+    off = [(level, memory[level - 1]) for level in lm.bank.config.memory_levels] if block else []
+    return lm.fetch(memory, blocked=off).memory
 
 
 def wrong_paths(

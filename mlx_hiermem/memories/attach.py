@@ -41,11 +41,19 @@ class _CallMemory(threading.local):
 
 
 class ArraysCache(mlx_lm_cache.ArraysCache):
-    """mlx-lm's ``ArraysCache``, whose ``extract`` fails where nothing is set: where memory is off.
+    """mlx-lm's ``ArraysCache``, also where nothing is set: where memory is off.
 
-    ``BatchGenerator`` extracts each sequence that ends. The name is kept because
+    mlx-lm's cannot be extracted from then, as ``BatchGenerator`` does with each sequence that ends.
+    And once a padded prefill has ended it forgets for how many sequences it stands, so that the
+    next one that comes with a memory makes a batch of the wrong size. The name is kept because
     ``save_prompt_cache`` writes it down and ``load_prompt_cache`` looks it up in mlx-lm.
     """
+
+    def finalize(self) -> None:
+        size = self.batch_size
+        super().finalize()
+        if self.empty():
+            self.left_padding = mx.zeros((size,), mx.int32)
 
     def extract(self, idx: int) -> ArraysCache:
         entry = ArraysCache(len(self.cache))

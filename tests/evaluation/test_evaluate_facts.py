@@ -124,7 +124,9 @@ def test_each_path_is_fetched_once_per_condition(lm, expected, monkeypatch):
     fetched = []
     fetch = lm.bank.fetch
     monkeypatch.setattr(
-        lm.bank, "fetch", lambda path: fetched.append((tuple(path), lm.bank.blocked)) or fetch(path)
+        lm.bank,
+        "fetch",
+        lambda path, blocked: fetched.append((tuple(path), set(blocked))) or fetch(path, blocked),
     )
     monkeypatch.setattr(facts, "BATCH", 8)
     facts.answer(lm, questions)
@@ -136,7 +138,7 @@ def test_each_path_is_fetched_once_per_condition(lm, expected, monkeypatch):
     assert len(paths) + 9 >= len(free) > len(paths) and paths <= set(free)
 
 
-def test_blocks_are_unblocked_even_after_an_error_and_no_others(lm, expected, monkeypatch):
+def test_the_banks_own_blocks_stay_as_they_are_also_after_an_error(lm, expected, monkeypatch):
     questions, _ = expected
     ids = lm.route(questions[0].prompt).ids
     lm.bank.block(2, ids[1])
@@ -146,10 +148,10 @@ def test_blocks_are_unblocked_even_after_an_error_and_no_others(lm, expected, mo
 
     fetch = lm.bank.fetch
 
-    def failing(path):
-        if len(lm.bank.blocked) > 1:
+    def failing(path, blocked):
+        if blocked:
             raise FormatError("the disk is gone")
-        return fetch(path)
+        return fetch(path, blocked)
 
     monkeypatch.setattr(lm.bank, "fetch", failing)
     with pytest.raises(FormatError, match="the disk is gone"):
@@ -157,11 +159,17 @@ def test_blocks_are_unblocked_even_after_an_error_and_no_others(lm, expected, mo
     assert lm.bank.blocked == before
 
 
-def test_a_level_without_memory_has_nothing_to_block(tmp_path):
+def test_a_level_without_memory_has_nothing_to_block(tmp_path, monkeypatch):
     lm = load(make_tiny_model(tmp_path, ranks=(3, 0, 2), branching=2))
-    with facts.blocked_path(lm.bank, (1, 2, 5)):
-        assert lm.bank.blocked == {(1, 1), (3, 5)}
-    assert not lm.bank.blocked
+    question = Question("the", " x.", "x", "letter", 1, 0, [5])
+    blocks = []
+    fetch = lm.bank.fetch
+    monkeypatch.setattr(
+        lm.bank, "fetch", lambda path, blocked: blocks.append(list(blocked)) or fetch(path, blocked)
+    )
+    facts.answer(lm, [question])
+    path = lm.route("the").ids
+    assert [(1, path[0]), (3, path[2])] in blocks and blocks.count([]) == len(blocks) - 1
 
 
 @given(st.data())

@@ -82,12 +82,12 @@ def test_a_bank_that_cannot_be_read_fails_the_request_alone(folder, tmp_path):
         lm = load(folder)
         fetch = lm.fetch
 
-        def failing(memory, text=None):
+        def failing(memory, *arguments):
             if memory == (2, 8):
                 raise FormatError(f"{folder}: truncated")
             if memory == (2, 7):
                 raise ZeroDivisionError
-            return fetch(memory, text)
+            return fetch(memory, *arguments)
 
         lm.fetch = failing
         held.append(lm)
@@ -111,8 +111,8 @@ def test_a_memory_that_gives_nan_fails_its_request_alone(folder):
         lm = load(folder)
         fetch = lm.fetch
 
-        def poisoned(memory, text=None):
-            fetched = fetch(memory, text)
+        def poisoned(memory, *arguments):
+            fetched = fetch(memory, *arguments)
             if memory == (2, 8):
                 return replace(fetched, memory=fetched.memory * mx.nan)
             return fetched
