@@ -38,25 +38,13 @@ from mlx_hiermem.engine import MemoryLM
 from mlx_hiermem.errors import InputError
 
 from . import decode_models as models
-from .decode_models import Sizes
+from .decode_models import Sizes, options
 from .fetch_bank import path_to
 from .harness import Row, interleave, main, ratio
 from .made_up import make_documents
 
 NAME = "decode"
 Turn = Callable[[], None]
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--anchor",
-        choices=list(models.RANKS),
-        default="160M",
-        help="the paper's anchor (default: 160M)",
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="where to write the model (default: the temporary folder)"
-    )
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

@@ -6,6 +6,7 @@ the paper's size, but only two children to a cluster: 96 MB for the 160M anchor 
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -55,6 +56,19 @@ class Sizes:
     def widening(self) -> int:
         """R: rows that a fetched memory adds to each layer."""
         return sum(self.ranks)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that writes such a model."""
+    parser.add_argument(
+        "--anchor",
+        choices=list(RANKS),
+        default="160M",
+        help="the paper's anchor (default: 160M)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to write the model (default: the temporary folder)"
+    )
 
 
 def sizes(anchor: str, smoke: bool) -> Sizes:

@@ -54,15 +54,7 @@ SOAK_TOKENS = 12
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--anchor",
-        choices=list(models.RANKS),
-        default="160M",
-        help="the paper's anchor (default: 160M)",
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="where to write the model (default: the temporary folder)"
-    )
+    models.options(parser)
     parser.add_argument("--http", action="store_true", help="ask `mlx_hiermem serve` over HTTP")
     parser.add_argument(
         "--soak", type=int, default=0, metavar="N", help="make N requests besides (default: none)"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,16 +48,16 @@ class Ignored:
         pass
 
 
-class Built:
+class Built(ABC):
     """Stands for an object whose fields are wanted: ``take`` gets its state."""
 
+    @abstractmethod
     def take(self, state: Any) -> None:
         """Check and keep the fields.
 
         Raises:
             Refused: they are not as expected.
         """
-        raise NotImplementedError
 
 
 # What torch.save (protocol 2) and DCP (the protocol of the Python that wrote it: 4 or 5) write.

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from tests.hub.server import Hub
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(ABC, BaseHTTPRequestHandler):
     hub: Hub  # set by a subclass for each hub
     protocol_version = "HTTP/1.1"  # connections stay open, as with the Hub
     disable_nagle_algorithm = True
@@ -59,8 +60,9 @@ class Handler(BaseHTTPRequestHandler):
     def shown(self, path: str) -> str:
         return path
 
+    @abstractmethod
     def route(self, path: str) -> None:
-        raise NotImplementedError
+        """Answer a request."""
 
     def send(self, data: bytes, status: int = 200, **headers: str) -> None:
         """Answer; a range that was asked for is cut out."""

@@ -6,41 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hiermem import load
 from mlx_hiermem.conversation import KeptCache
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.refetch import KV_CACHES
 from mlx_hiermem.scoring import score_answer
-from tests.tiny import make_tiny_model
-from tests.topics import NEAR, A, B, C, follower, tokens_of
+from tests.topics import NEAR, A, B, C, tokens_of
 
 PROMPT = "the gold of the north"
 COUNT = 16
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    # float32, as the anchor: the model computes from the bank's own buffers.
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", ranks=(4, 2, 2))
-
-
-@pytest.fixture
-def lm(folder):
-    lm = load(folder, tiers="disk")
-    yield lm
-    lm.bank.close()
-
-
-@pytest.fixture
-def routes(lm, monkeypatch):
-    """Sets the paths that the next texts are routed to; returns the texts that will have been."""
-
-    def follow(*paths):
-        texts = []
-        monkeypatch.setattr(lm, "route", follower(texts, *paths))
-        return texts
-
-    return follow
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHES)

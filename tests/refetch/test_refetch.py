@@ -6,39 +6,12 @@ import mlx.core as mx
 import pytest
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_hiermem import load
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.refetch import KV_CACHES, WINDOW, Refetch
-from tests.tiny import make_tiny_model
-from tests.topics import A, B, C, follower, sources, tokens_of
+from tests.topics import A, B, C, sources, tokens_of
 
 PROMPT = "the gold of the north"
 COUNT = 16
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    # float32, as the anchor: the model computes from the bank's own buffers.
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", ranks=(4, 2, 2))
-
-
-@pytest.fixture
-def lm(folder):
-    lm = load(folder, tiers="disk")
-    yield lm
-    lm.bank.close()
-
-
-@pytest.fixture
-def routes(lm, monkeypatch):
-    """Sets the paths that the next texts are routed to; returns the texts that will have been."""
-
-    def follow(*paths):
-        texts = []
-        monkeypatch.setattr(lm, "route", follower(texts, *paths))
-        return texts
-
-    return follow
 
 
 def by_hand(lm, path_of, count=COUNT):
