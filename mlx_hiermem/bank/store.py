@@ -12,6 +12,7 @@ Notable:
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -178,8 +179,9 @@ class MemoryBank:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the end of the interpreter modules may be gone already, and files are closed anyway.
+        if not getattr(self, "_closed", True) and not ending():
             self.close()
 
     def _check_open(self) -> None:

@@ -57,8 +57,8 @@ def fetch(lm: MemoryLM, choice: MemoryChoice, text: str | None) -> tuple[ArraysC
     fetched = lm.fetch(wanted, routed, choice.blocked)
     try:
         memory = fetched.memory
-        if memory is not None:
-            # Gathered, since what is merely sliced may be the bank's buffer still.
+        if fetched.found is not None and fetched.found.lent:
+            # Gathered, since what is merely sliced would be the bank's buffer still.
             memory = mx.take(memory, mx.array([0]), axis=0)
             mx.eval(memory)
     finally:

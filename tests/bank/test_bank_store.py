@@ -347,6 +347,16 @@ def _open_fds(folder):
     return count
 
 
+def test_a_bank_that_nobody_closed(bank):
+    """It is closed with its last reference, but not while the interpreter ends: without modules."""
+    opened = MemoryBank.open(bank.folder)
+    opened.__del__(lambda: True)
+    opened.fetch((0, 1))
+    opened.__del__(lambda: False)
+    with pytest.raises(FormatError, match="the bank was closed"):
+        opened.fetch((0, 1))
+
+
 def test_files_are_closed(bank):
     assert _open_fds(bank.folder) == 0
     with MemoryBank.open(bank.folder) as opened:
