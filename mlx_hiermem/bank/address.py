@@ -48,17 +48,11 @@ def check_cluster(config: MemoryConfig, level: int, cluster: Any) -> int:
     return number
 
 
-def check_pair(pair: Any) -> tuple[Any, Any]:
-    """``pair`` as (level, cluster), neither checked; PathError if it is not two things."""
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise PathError(f"block {str(pair)[:40]!r}: expected a pair (level, cluster)")
-    return pair[0], pair[1]
-
-
 def check_block(config: MemoryConfig, pair: Any) -> tuple[int, int]:
     """``pair`` as the (level, cluster) of a block; PathError if the bank has no such block."""
-    level, cluster = check_pair(pair)
-    level = check_level(config, level)
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise PathError(f"block {str(pair)[:40]!r}: expected a pair (level, cluster)")
+    level, cluster = check_level(config, pair[0]), pair[1]
     return level, check_cluster(config, level, cluster)
 
 

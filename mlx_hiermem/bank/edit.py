@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import FormatError
 from ..files import AtomicFile
 from . import journal
-from .address import check_cluster, check_level, check_pair
+from .address import check_block, check_cluster, check_level
 from .blocked import BLOCKED, blocked_bytes
 from .checksums import CHECKSUMS, Digests, write_checksums
 from .dtypes import STORAGE
@@ -145,12 +145,7 @@ class BankEdit:
         Raises:
             PathError: there is no such block.
         """
-        checked = []
-        for pair in pairs:
-            level, cluster = check_pair(pair)
-            level = check_level(self.config, level)
-            checked.append((level, check_cluster(self.config, level, cluster)))
-        self._blocked = frozenset(checked)
+        self._blocked = frozenset(check_block(self.config, pair) for pair in pairs)
 
     def set_names(self, data: bytes) -> None:
         """Set the file with the names of clusters, given whole (``routing/names.py``)."""
