@@ -218,7 +218,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 def _no_address(host: str, port: int, error: Exception | str) -> InputError:
     reason = getattr(error, "strerror", None) or error
     return InputError(
-        f"{host}, port {port}: cannot be listened on ({reason}); give another --port "
+        f"{host or repr(host)}, port {port}: cannot be listened on ({reason}); give another --port "
         "(0 takes a free one) or --host"
     )
 
@@ -234,11 +234,12 @@ async def serve(
     import uvicorn
 
     from ..serving.app import make_app
+    from ..serving.connections import Connection
 
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(scheduler, facts, settings),
-            http="h11",
+            http=Connection,  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

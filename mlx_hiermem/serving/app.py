@@ -15,7 +15,6 @@ from typing import Any
 
 import anyio
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -31,13 +30,15 @@ from .fields import not_found, read_json
 from .gate import Gate
 from .job import Dead, Full, Job
 from .metrics import CONTENT_TYPE, Metrics, Seen
-from .objects import Writer, model_object, to_json
+from .objects import Writer, model_object
+from .responses import HANDLERS, JSONResponse
 from .streaming import EventStream, Following
 
 #: The endpoints that a request may be counted under.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 _TOKENIZERS = 2  # texts that are made tokens at once
+_LONGEST_TOKEN = 64  # characters: no text is made tokens that could fit with longer ones only
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,6 @@ class Settings:
     api_key: str | None = None
     allow_origins: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
-
-
-class JSONResponse(Response):
-    """A response of JSON in ASCII."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """The body."""
-        return to_json(content)
 
 
 def make_app(
@@ -107,11 +98,7 @@ def make_app(
             Route("/metrics", api.metrics_page, methods=["GET"]),
         ],
         middleware=middleware,
-        exception_handlers={
-            ApiError: _api_error,
-            HTTPException: _http_error,
-            Exception: _fault,
-        },
+        exception_handlers=HANDLERS,
     )
     app.router.redirect_slashes = False
     return app
@@ -215,11 +202,14 @@ class Api:
         """A conversation as tokens; without a chat template it is the question alone, as in the
         ``chat`` command."""
         if self.facts.has_chat_template:
+            self._check_length("messages", sum(len(one["content"]) for one in asked.messages))
             return self.scheduler.tokenize_chat(list(asked.messages))
+        self._check_length("messages", len(asked.question))
         return self.scheduler.tokenize(asked.question)
 
     def _prompt_job(self, asked: protocol.Request, prompt: str | list[int]) -> Job:
         if isinstance(prompt, str):
+            self._check_length("prompt", len(prompt))
             return self._job(asked, self.scheduler.tokenize(prompt), prompt)
         text = self.scheduler.decode(prompt) if self._fits(prompt) else ""
         return self._job(asked, prompt, text)
@@ -228,17 +218,25 @@ class Api:
         context = self.facts.context_length
         return context is None or len(tokens) < context
 
+    def _check_length(self, name: str, characters: int) -> None:
+        """Refuse a text that would keep others from the tokenizer for seconds, for nothing."""
+        context = self.facts.context_length
+        if context is not None and characters > context * _LONGEST_TOKEN:
+            raise self._too_long(name, f"{characters} characters")
+
+    def _too_long(self, name: str, what: str) -> ApiError:
+        message = (
+            f"{what}, but the context of this model ends at {self.facts.context_length} tokens, "
+            "answer included; shorten it"
+        )
+        return invalid(name, message, "context_length_exceeded")
+
     def _job(self, asked: protocol.Request, tokens: list[int], text: str) -> Job:
         name = "messages" if asked.chat else "prompt"
         if not tokens:
             raise invalid(name, "empty; give at least one word")
         if not self._fits(tokens):
-            raise invalid(
-                name,
-                f"{len(tokens)} tokens, but the context of this model ends at "
-                f"{self.facts.context_length}, answer included; shorten it",
-                "context_length_exceeded",
-            )
+            raise self._too_long(name, f"{len(tokens)} tokens")
         return Job(
             tokens=list(tokens),
             text=text,
@@ -266,28 +264,3 @@ class Api:
                 raise invalid(None, public(str(error), self.settings.roots)) from error
             raise
         return handles
-
-
-# ---- errors ----------------------------------------------------------------------------
-
-
-def _response(error: ApiError) -> Response:
-    return JSONResponse(error.to_dict(), error.status, error.headers)
-
-
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _response(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = {
-        404: "there is no such address; docs/serve.md lists those that there are",
-        405: f"{request.method[:16]} is not understood here",
-    }.get(error.status_code, error.detail)
-    return _response(ApiError(error.status_code, message, headers=error.headers))
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    return _response(ApiError(500, "a fault of the server; its log says more", code="fault"))

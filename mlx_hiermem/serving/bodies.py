@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from starlette.requests import Request
 
 from .errors import ApiError
-
-_DRAIN = 16  # times the limit that is read on and thrown away, so that the client hears why
 
 
 async def read_body(request: Request, limit: int, seconds: float) -> bytes:
@@ -47,21 +46,21 @@ def _check_type(request: Request) -> None:
 
 async def _read(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:18]) > limit:
+        # Who has asked first sends nothing, and may take the refusal for the end of the request.
+        asked = request.headers.get("expect", "").lower() == "100-continue"
+        raise _too_large(limit, {"Connection": "close"} if asked else {})
     chunks: list[bytes] = []
-    size, refused = 0, length.isascii() and length.isdigit() and int(length[:18]) > limit
+    size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        refused = refused or size > limit
-        if size > limit * _DRAIN:
-            break
-        if refused:
-            chunks.clear()
-        else:
-            chunks.append(chunk)
-    if refused:
-        # A client that is cut off while it sends would see a broken connection and no answer.
-        raise ApiError(
-            413, f"the body is too large; at most {limit} bytes are read",
-            headers={"Connection": "close"},
-        )  # fmt: skip
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _too_large(limit: int, headers: Mapping[str, str] | None = None) -> ApiError:
+    # The connection stays: a client that is cut off while it sends would see no answer. What still
+    # comes is thrown away, for as long as ``connections.HEADERS``.
+    return ApiError(413, f"the body is too large; at most {limit} bytes are read", headers=headers)

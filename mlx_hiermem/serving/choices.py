@@ -16,7 +16,7 @@ MOST = 2**31 - 1
 
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters
-LONGEST_ROUTE = 100_000  # characters
+LONGEST_ROUTE = 20_000  # characters; the model's thread reads them, and others wait meanwhile
 MOST_BIASES = 1024
 MOST_BLOCKED = 4096
 MOST_LEVELS = 64

@@ -12,8 +12,8 @@ from typing import Any
 #: Longest message of an answer, in characters.
 LONGEST = 300
 
-# Two names or more with slashes between, from the root or the home on.
-_FILE = re.compile(r"(?<![\w.:/])~?(?:/[^\s/:;,'\"()]+){2,}/?")
+# Two names or more with slashes between, from the root or the home on; not what this server names.
+_FILE = re.compile(r"(?<![\w.:/])(?!/v1/models(?![\w/]))~?(?:/[^\s/:;,'\"()]+){2,}/?")
 
 
 class ApiError(Exception):

@@ -118,7 +118,7 @@ def _vocabulary(lm: MemoryLM) -> int:
         for module in lm.model.modules()
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
     ]
-    return max(rows, default=len(lm.tokenizer))
+    return max(rows, default=lm.tokenizer.vocab_size)
 
 
 class Words:

@@ -116,9 +116,9 @@ def _digest(key: bytes) -> bytes:
 
 async def _send(error: ApiError, send: Send) -> None:
     body: Any = to_json(error.to_dict())
+    # Not the end of the connection: its body may still come, and an answer before would be lost.
     headers = {
-        "content-type": "application/json", "content-length": str(len(body)),
-        "connection": "close", **error.headers,
+        "content-type": "application/json", "content-length": str(len(body)), **error.headers,
     }  # fmt: skip
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})

@@ -46,10 +46,21 @@ def sampler(sampling: Sampling, vocabulary: int) -> Sampler:
 
 
 def logits_processors(sampling: Sampling) -> list[LogitsProcessor]:
-    """Bias and penalties, as mlx-lm applies them."""
-    return make_logits_processors(
-        logit_bias=dict(sampling.logit_bias),
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-    )
+    """Bias and penalties, as mlx-lm applies them.
+
+    The first does nothing: where no request of a batch had any, mlx-lm before 0.32 would keep them
+    in their old places as requests come and go.
+    """
+    return [
+        _unchanged,
+        *make_logits_processors(
+            logit_bias=dict(sampling.logit_bias),
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+        ),
+    ]
+
+
+def _unchanged(tokens: mx.array, logits: mx.array) -> mx.array:
+    return logits

@@ -123,9 +123,10 @@ class Asker:
 
     def ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         """One request, as httpx takes it."""
-        return asyncio.run(self._ask(method, path, request))
+        return asyncio.run(self.send(method, path, **request))
 
-    async def _ask(self, method: str, path: str, request: dict[str, Any]) -> httpx.Response:
+    async def send(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """One request, within a loop."""
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, **request)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ import httpx
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = 60  # seconds after which something hangs
+QUESTION = {"prompt": "gold is", "max_tokens": 4, "temperature": 0}
 
 
 class Served:
@@ -111,3 +113,19 @@ class Served:
     def wait(self) -> int:
         """Its exit code, once it has ended."""
         return self.process.wait(LONG)
+
+
+@contextmanager
+def asking(served: Served, count: int, **options: object) -> Iterator[list[Future]]:
+    """So many requests at once, each in a thread; their answers."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield [pool.submit(ask, served, **options) for _ in range(count)]
+        except BaseException:
+            served.release()  # or else nobody would be answered, and the test not end
+            raise
+
+
+def ask(served: Served, **options: object) -> httpx.Response:
+    """A completion of four tokens."""
+    return served.http.post(f"{served.v1}/completions", json={**QUESTION, **options})

@@ -272,7 +272,7 @@ def test_fields_of_a_chat(asker, field, value, param):
         ({"path": [1], "route_on": "x"}, "memory"),
         ({"route_on": " "}, "memory.route_on"), ({"route_on": 5}, "memory.route_on"),
         ({"route_on": "\ud800"}, "memory.route_on"),
-        ({"route_on": "x" * 100_001}, "memory.route_on"),
+        ({"route_on": "x" * 20_001}, "memory.route_on"),
         ({"blocked": [1]}, "memory.blocked"), ({"blocked": [[1]]}, "memory.blocked"),
         ({"blocked": [[0, 1]]}, "memory.blocked"), ({"blocked": [[1, -1]]}, "memory.blocked"),
         ({"blocked": {}}, "memory.blocked"), ({"blocked": [[1, 1]] * 4097}, "memory.blocked"),
@@ -296,6 +296,7 @@ def test_stream_options_belong_to_a_stream(asker):
 def test_another_model(asker):
     error = refused(asker.chat(model="/etc/passwd"), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "GET /v1/models lists" in error["message"]
 
 
 @pytest.mark.parametrize("prompt", ["x" * 64, [1] * 64, ["short", "x" * 64], [[1] * 3, [1] * 64]])
@@ -303,6 +304,35 @@ def test_a_prompt_beyond_the_context(asker, prompt):
     error = refused(asker.complete(prompt=prompt))
     assert error["code"] == "context_length_exceeded"
     refused(asker.chat(messages=[{**USER, "content": "x" * 64}]))
+
+
+def test_a_text_that_cannot_fit_is_not_even_made_tokens():
+    """It would take the tokenizer seconds, and others would wait for it."""
+    asker = Asker()
+    texts = []
+
+    def tokens(text: Any) -> list[int]:
+        texts.append(text)
+        return [1]
+
+    asker.scheduler.tokenize = asker.scheduler.tokenize_chat = tokens
+    long, longer = "x" * (64 * 64), "x" * (64 * 64 + 1)
+    for template in (True, False):
+        asker.facts.has_chat_template = template
+        for answer in (
+            asker.complete(prompt=longer),
+            asker.complete(prompt=["short", longer]),
+            asker.chat(messages=[{**USER, "content": longer}]),
+        ):
+            error = refused(answer)
+            assert error["code"] == "context_length_exceeded"
+            assert "4097 characters" in error["message"]
+    assert set(texts) == {"short"}
+    several = [{**USER, "content": long}, USER]
+    assert asker.chat(messages=several).status_code == 200  # without a template it is the last one
+    asker.facts.has_chat_template = True
+    refused(asker.chat(messages=several))
+    assert asker.complete(prompt=long).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -377,6 +407,7 @@ def test_no_message_names_a_file(asker):
     assert "/home" not in error["message"] and "it cannot read this" in error["message"]
     assert public("/a/b c/d.bin: bad", ["/a/b c"]) == "the model's files/d.bin: bad"
     assert public("see ~/models/x, line 1\nand more") == "see a file, line 1 and more"
+    assert public("/v1/models/tiny/memory: bad, /v1/modelsx/y") == "a file: bad, a file"
     assert len(public("x" * 1000)) == 300
 
 

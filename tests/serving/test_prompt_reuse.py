@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,7 +13,6 @@ from mlx_hiermem.serving.job import Sampling
 from mlx_hiermem.serving.prompts import PromptCache
 from mlx_hiermem.serving.scheduler import Scheduler
 from tests.serving.serving_lm import WAIT, answers, ids, job, memory, read, running
-from tests.tiny import make_tiny_model
 
 PROMPT = "gold is what the people of old cities wanted"
 
@@ -30,11 +30,6 @@ CHOICES = {
     "another block": memory((1, 4), {(2, 4)}),
     "both blocks": memory((1, 4), {(1, 1), (2, 4)}),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,8 @@ def test_another_memory_never_reuses_and_the_same_does(folder, fresh, order):
         assert {name: one.text for name, one in found.items()} == fresh
 
 
-def test_another_revision_never_reuses(folder, fresh):
+def with_bank(folder) -> tuple[Scheduler, Any]:
+    """A scheduler that was started, and its bank."""
     banks = []
 
     def loaded():
@@ -78,10 +74,15 @@ def test_another_revision_never_reuses(folder, fresh):
 
     scheduler = Scheduler(loaded)
     scheduler.start()
+    return scheduler, banks[0]
+
+
+def test_another_revision_never_reuses(folder, fresh):
+    scheduler, bank = with_bank(folder)
     asked = job(PROMPT, CHOICES["path"], 20)
     found = []
     for revision in ("a", "a", "b", "b", "a"):
-        banks[0].revision = revision
+        bank.revision = revision
         found.append(read(scheduler.submit(asked)))
     scheduler.close()
     left = len(PROMPT) - 1
@@ -90,18 +91,10 @@ def test_another_revision_never_reuses(folder, fresh):
 
 
 def test_a_block_that_is_switched_off_for_all_never_reuses(folder, fresh):
-    banks = []
-
-    def loaded():
-        lm = load(folder)
-        banks.append(lm.bank)
-        return lm
-
-    scheduler = Scheduler(loaded)
-    scheduler.start()
+    scheduler, bank = with_bank(folder)
     asked = job(PROMPT, CHOICES["path"], 20)
     assert read(scheduler.submit(asked)).text == fresh["path"]
-    banks[0].block(2, 4)
+    bank.block(2, 4)
     found = read(scheduler.submit(asked))
     scheduler.close()
     assert found.started.cached_tokens == 0 and found.text == fresh["another block"]

@@ -19,22 +19,6 @@ PROMPTS = ["gold is", "what is the capital of the country?", "a b c d e f g", "x
 MEMORIES = ["fetched", "generic", "none", (1, 4), (2, 8)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def lm(folder):
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def scheduler(folder):
-    with running(folder, prompt_cache_bytes=0) as scheduler:
-        yield scheduler
-
-
 def alone(lm, asked, blocked=()) -> str:
     """The answer of a model that does nothing else."""
     choice = asked.memory

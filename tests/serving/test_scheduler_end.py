@@ -13,28 +13,7 @@ from mlx_hiermem import load
 from mlx_hiermem.errors import FormatError
 from mlx_hiermem.serving.job import Dead, Failed
 from mlx_hiermem.serving.scheduler import Scheduler
-from tests.serving.serving_lm import LONG, WAIT, Gate, answers, begun, job
-from tests.tiny import make_tiny_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def gate(folder):
-    return Gate(folder)
-
-
-@pytest.fixture
-def gated(gate):
-    scheduler = Scheduler(gate, max_batch=1, max_waiting=2)
-    scheduler.start()
-    yield scheduler
-    gate.open.set()
-    scheduler.close(drain=False, timeout=WAIT)
-
+from tests.serving.serving_lm import LONG, WAIT, answers, begun, job
 
 # ---- the thread ------------------------------------------------------------------------
 

@@ -12,28 +12,7 @@ import pytest
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.serving.job import Failed, Finished, Full, Piece
 from mlx_hiermem.serving.scheduler import Scheduler
-from tests.serving.serving_lm import LONG, WAIT, Gate, begun, job, read, running
-from tests.tiny import make_tiny_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def gate(folder):
-    return Gate(folder)
-
-
-@pytest.fixture
-def gated(gate):
-    scheduler = Scheduler(gate, max_batch=1, max_waiting=2)
-    scheduler.start()
-    yield scheduler
-    gate.open.set()
-    scheduler.close(drain=False, timeout=WAIT)
-
+from tests.serving.serving_lm import LONG, WAIT, begun, job, read, running
 
 # ---- limits ----------------------------------------------------------------------------
 

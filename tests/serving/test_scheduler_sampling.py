@@ -8,30 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hiermem import load
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.serving.job import Finished, Sampling
 from mlx_hiermem.serving.pieces import StopWords
-from tests.serving.serving_lm import answers, ids, job, read, running
-from tests.tiny import make_tiny_model
+from tests.serving.serving_lm import answers, ids, job, read
 
 SEEDED = Sampling(temperature=0.9, top_p=0.95, seed=7)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def lm(folder):
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def scheduler(folder):
-    with running(folder, prompt_cache_bytes=0) as scheduler:
-        yield scheduler
 
 
 # ---- seeds -----------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def test_a_port_that_is_taken(capsys):
         port = str(taken.getsockname()[1])
         assert f"port {port}" in refused(capsys, "--port", port)
     assert "cannot be listened on" in refused(capsys, "--host", "no.such.host.invalid")
+    assert "error: '', port 8080: cannot be listened on" in refused(capsys, "--host", "")
 
 
 def test_a_folder_that_is_no_model(capsys, tmp_path):
