@@ -22,6 +22,7 @@ shown to a visitor; of what visitors ask only the number of answers per cluster 
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -158,7 +159,7 @@ class Verification:
         except _Closed:
             self._progress = Progress("failed", done, total, "ended with the server")
         except HierMemError as error:
-            traceback.print_exc()
+            print(f"verify: {error}", file=sys.stderr, flush=True)
             text = _without_folders(str(error), places)
             if not places:  # it could not even be opened
                 text = "the bank cannot be opened; see the server's log"

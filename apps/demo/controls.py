@@ -14,7 +14,7 @@ os.environ["GRADIO_RUN_HISTORY"] = "False"
 import gradio as gr  # noqa: E402
 
 from . import tree_view  # noqa: E402
-from .desk import Desk, Visitor  # noqa: E402
+from .desk import LONGEST_PROMPT, Desk, Visitor  # noqa: E402
 from .view import Answer  # noqa: E402
 
 #: Visitors who are answered or see their place in the line. As many more wait for a place in it;
@@ -38,9 +38,12 @@ class Fields:
 def prompt_box(label: str, desk: Desk, ident: str, focus: bool = False) -> gr.Textbox:
     """Where a visitor writes; Enter sends."""
     hint = "Ask a question" if desk.facts.chat else "Begin a sentence; the model goes on"
+    # One more than is taken, so that it is told. Without it, a paste of megabytes keeps the
+    # visitor's browser busy for a minute.
     return gr.Textbox(
-        label=label, placeholder=hint, lines=1, max_lines=8, autofocus=focus, elem_id=ident
-    )
+        label=label, placeholder=hint, lines=1, max_lines=8, autofocus=focus, elem_id=ident,
+        max_length=LONGEST_PROMPT + 1,
+    )  # fmt: skip
 
 
 def tokens_slider(desk: Desk, ident: str) -> gr.Slider:

@@ -114,6 +114,8 @@ class Desk:
         tickets = own.running[place] = self.thread.submit_together(asks, session)
         pace = threading.Event()
         try:
+            for state, ticket in zip(states, tickets, strict=True):
+                state.ahead = self.thread.ahead(ticket)
             yield states
             while not all(state.is_shown for state in states):
                 # All are answered in turn, so that waiting for one is enough.

@@ -76,12 +76,14 @@ class HandsOnTab:
     def pin(self, text: str | None, request: gr.Request) -> tuple[str, ...]:
         """Fetch this path from now on; with no text, the path of the last answer."""
         own = self.desk.visitor(request.session_hash)
-        last = own.shown.get("hands")
+        # While the same prompt is answered again, the newest answer may have no path yet.
+        answers = (own.shown.get("hands"), own.before)
+        paths = [one.last.path for one in answers if one and one.last and one.last.path]
         try:
-            if (text or "").strip() or last is None or last.last is None or not last.last.path:
+            if (text or "").strip() or not paths:
                 own.path = hands_on.parse_path(text, self.desk.facts)
             else:
-                own.path = last.last.path.ids
+                own.path = paths[0].ids
         except PathError as error:
             return self._changed(request, str(error))
         return self._changed(request)

@@ -71,6 +71,10 @@ class Watch:
     """
 
     def __init__(self, folder: Path) -> None:
+        # Takes seconds, which are not to be counted as looking.
+        import matplotlib.backends.backend_svg
+        import matplotlib.figure  # noqa: F401
+
         self.path = folder / LOG
         self._lock = threading.Lock()
         self._seen: Any = ()

@@ -26,6 +26,8 @@ from collections.abc import Collection, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from mlx_hiermem.routing.names import unnamed
+
 from .view import size
 
 if TYPE_CHECKING:
@@ -208,15 +210,18 @@ class _Column:
         block = self.block if lit else None
         label = _words(self.level, cluster, name, block, on_path=lit, off=off)
         source = "" if block is None else f' data-source="{_text(block.source)}"'
-        text = _text(name or f"cluster {cluster}")
+        text = _text(name or unnamed(cluster))
+        # Who has no name is called by the number.
+        named = name not in ("", unnamed(cluster))
+        number = f'<span class="hm-tree-number">{cluster}</span>' if named else ""
         return (
             f'<button type="button" class="hm-tree-node" '
             f'id="{_text(self.ident)}-{self.level}-{cluster}" '
             f'data-level="{self.level}" data-cluster="{cluster}" data-path="{str(lit).lower()}" '
             f'data-blocked="{str(off).lower()}"{source} aria-pressed="{str(off).lower()}" '
             f'title="{text}" aria-label="{_text(label)}">'
-            f'<span class="hm-tree-number">{cluster}</span>'
-            f'<span class="hm-tree-name">{f"<s>{text}</s>" if off else text}</span></button>'
+            f'{number}<span class="hm-tree-name">{f"<s>{text}</s>" if off else text}</span>'
+            "</button>"
         )
 
 

@@ -96,8 +96,8 @@ def head(name: str, facts: Facts) -> str:
     parts = [
         f"<b>{escape(name)}</b>",
         f"anchor of {count(facts.anchor_parameters)} parameters",
-        f"bank of {size(facts.bank_bytes)} ({levels} blocks)",
-        f"one answer fetches {size(facts.fetch_bytes)}",
+        f"bank of {_unbroken(facts.bank_bytes)} ({levels} blocks)",
+        f"one answer fetches {_unbroken(facts.fetch_bytes)}",
     ]
     return (
         "<header class='hm-head'><h1>Memory, fetched live</h1>"
@@ -224,6 +224,11 @@ def size(number: int) -> str:
             break
         value /= 1000
     return f"{number} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def _unbroken(number: int) -> str:
+    """As :func:`size`, its unit never on a line of its own."""
+    return size(number).replace(" ", "&nbsp;")
 
 
 def count(number: int) -> str:

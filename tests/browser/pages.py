@@ -7,13 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
 from mlx_hiermem.engine import MemoryLM
+from mlx_hiermem.training.curves import Curves
 
 #: The model that the answers are read from.
 MODEL = "atlas"
@@ -49,8 +51,8 @@ class Server:
     model: str
     process: subprocess.Popen[str]
     errors: Path
+    run: Path | None = None
     url: str = ""
-    gate: Path | None = None
 
     def wait(self) -> None:
         """Until it says where it is."""
@@ -59,9 +61,12 @@ class Server:
         assert found, f"{line!r}; {self.errors.read_text()}"
         self.url = found[0]
 
-    def stop(self) -> None:
+    def interrupt(self) -> None:
         """As Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
+
+    def ended(self) -> None:
+        """Waits for the end, which must be a clean one."""
         try:
             code = self.process.wait(30)
         finally:
@@ -70,18 +75,70 @@ class Server:
         assert "Traceback" not in self.errors.read_text()
 
 
-def start(model: str, errors: Path, gate: Path | None = None) -> Server:
-    """``gate``: see tests/browser/held.py."""
-    program = ["mlx_hiermem"] if gate is None else ["tests.browser.held", str(gate)]
+def start(model: str, errors: Path, gates: Path | None = None, run: Path | None = None) -> Server:
+    """``gates``: see tests/browser/held.py; ``run``: of a training."""
+    program = ["mlx_hiermem"] if gates is None else ["tests.browser.held", str(gates)]
     command = [sys.executable, "-m", *program, "demo", "--model", model]
+    command += [] if run is None else ["--run", str(run)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRADIO_")}
     environment |= NO_NETWORK | {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
     environment.pop("no_proxy", None), environment.pop("NO_PROXY", None)
     process = subprocess.Popen(
         [*command, "--port", "0", "--no-browser"], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=errors.open("w"), cwd=Path(__file__).parents[2],
+        # Shells have what runs in their background ignore Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    return Server(model, process, errors, gate=gate)
+    return Server(model, process, errors, run)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate of the server's model (tests/browser/held.py), shut until it is opened.
+
+    Attributes:
+        name: another one for each test.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def wait(self) -> str:
+        """A prompt that is not answered while the gate is shut."""
+        return f"wait for gate {self.name}"
+
+    @property
+    def pause(self) -> str:
+        """A prompt whose answer stands still after its first tokens."""
+        return f"pause at gate {self.name}"
+
+    @property
+    def light(self) -> str:
+        """A prompt whose path lights up when it may."""
+        return f"light at gate {self.name}"
+
+    def open(self, number: object = "") -> None:
+        """``number``: of the level that may be lit up."""
+        (self.folder / f"{self.name}{number}").touch()
+
+    def shut(self) -> None:
+        """As it was in the beginning."""
+        (self.folder / self.name).unlink()
+
+
+def learn(run: Path, first: int, last: int) -> None:
+    """Write a part of a training's log."""
+    with Curves(run) as curves:
+        for step in range(first, last + 1):
+            curves.step({"step": step, "loss": 8 / step, "learning_rate": 1e-3})
+        curves.validation(last, {"none": 5 - last / 100, "fetched": 4 - last / 100})
+
+
+def opened(page: Page) -> Page:
+    """Waits until the page can be used."""
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    return page
 
 
 def send(page: Page, prompt: str, memory: str = "Fetched", tokens: int = 48) -> None:
@@ -109,6 +166,12 @@ def wait_for(page: Page, state: str, after: str | None) -> None:
     expect(answer).not_to_have_attribute("data-number", after or "")
     expect(answer).to_have_attribute("data-state", state)
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+def stopped(page: Page, act: Callable[[], None]) -> None:
+    """``act`` is to stop an answer; waits until the server knows."""
+    with page.expect_response(lambda one: one.request.method == "POST"):
+        act()
 
 
 def refused(page: Page, *question) -> str:
@@ -191,6 +254,50 @@ def fill(page: Page, label: str, text: str, tokens_of: str, tokens: int) -> None
     field = page.locator(f"#{tokens_of} input[type=number]")
     field.fill(str(tokens))
     field.blur()
+
+
+def compared(page: Page, prompt: str, tokens: int = 24) -> dict[str, str]:
+    """Sends a prompt side by side; the answers by lane."""
+    before = page.locator("#lanes [data-number]")
+    number = before.first.get_attribute("data-number") if before.count() else ""
+    fill(page, "Prompt for all three", prompt, "compare-tokens", tokens)
+    page.get_by_role("button", name="Compare").click()
+    lanes = page.locator("#lanes .hm-lanes")
+    expect(lanes).not_to_have_attribute("data-number", number or "")
+    expect(lanes).to_have_attribute("data-state", "done")
+    return {
+        lane.get_attribute("data-lane"): lane.locator(".hm-written").text_content()
+        for lane in page.locator("#lanes [data-lane]").all()
+    }
+
+
+def tried(page: Page, prompt: str, expected: str, tokens: int = 24) -> None:
+    """Asks in Hands on."""
+    fill(page, "Prompt to try", prompt, "hands-tokens", tokens)
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#hands-answer .hm-prompt")).to_have_text(prompt)
+    shows(page, expected)
+
+
+def shows(page: Page, expected: str) -> None:
+    """Waits until Hands on shows an answer."""
+    card = page.locator("#hands-answer .hm-answer[data-number]")
+    expect(card.locator(".hm-written")).to_have_text(expected.strip())
+    expect(card).to_have_attribute("data-state", "done")
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+def says(page: Page, message: str, turn: int, tokens: int = 4) -> list[tuple[str, str]]:
+    """Says something in Conversation; (what became of it, source) of each level."""
+    fill(page, "Message", message, "talk-tokens", tokens)
+    page.get_by_role("button", name="Send").click()
+    card = page.locator("#talk ol > li").nth(turn)
+    expect(card).to_have_attribute("data-state", "done")
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    return [
+        (level.get_attribute("data-change"), level.get_attribute("data-source"))
+        for level in card.locator("[data-change]").all()
+    ]
 
 
 def words(path: Sequence[int]) -> str:

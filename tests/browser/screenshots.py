@@ -6,6 +6,8 @@ they differ from machine to machine, and no test compares them.
 
 from __future__ import annotations
 
+import math
+import random
 import shutil
 import sys
 import tempfile
@@ -14,7 +16,17 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.browser.pages import FLAGS, MODEL, OTHER_PROMPT, PROMPT, answered, fill, start, tab
+from mlx_hiermem.training.curves import Curves
+from tests.browser.pages import (
+    FLAGS,
+    MODEL,
+    OTHER_PROMPT,
+    PROMPT,
+    answered,
+    fill,
+    start,
+    tab,
+)
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 
@@ -52,9 +64,41 @@ def talk(page: Page) -> None:
         expect(page.get_by_role("button", name="Send")).to_be_enabled()
 
 
+def training(page: Page) -> None:
+    tab(page, "Training")
+    expect(page.get_by_alt_text("Learning curves")).to_be_visible()
+
+
+def bank(page: Page) -> None:
+    for prompt in (PROMPT, OTHER_PROMPT, PROMPT):
+        answered(page, prompt, "Fetched", 4)
+    tab(page, "Bank")
+    page.get_by_role("button", name="Verify every byte").click()
+    expect(page.locator("#bank-verified [data-phase=whole]")).to_have_count(1)
+
+
 PARTS: dict[str, Callable[[Page], None]] = {
     "ask": ask, "compare": compare, "hands-on": hands_on, "conversation": talk,
+    "training": training, "bank": bank,
 }  # fmt: skip
+
+
+def learn(run: Path) -> None:
+    """Write a log as of a training, though there was none: what the tab looks like."""
+    noise = random.Random(0)
+    with Curves(run) as curves:
+        for step in range(1, 401):
+            loss = 2.4 + 5.6 * math.exp(-step / 70) + noise.gauss(0, 0.12)
+            rate = 1e-3 * min(1, step / 40) * (1 + math.cos(math.pi * step / 400)) / 2
+            curves.step({"step": step, "loss": loss, "learning_rate": rate})
+            if step % 50 == 0:
+                late = math.exp(-step / 90)
+                losses = {
+                    "none": 3.2 + 3 * late,
+                    "generic": 2.9 + 3 * late,
+                    "fetched": 2.4 + 3 * late,
+                }
+                curves.validation(step, losses)
 
 
 def main() -> int:
@@ -63,7 +107,8 @@ def main() -> int:
     path = next(filter(None, map(shutil.which, names)), None)
     expect.set_options(timeout=60_000)
     with tempfile.TemporaryDirectory() as logs, sync_playwright() as playwright:
-        server = start(MODEL, Path(logs) / "log")
+        learn(Path(logs))
+        server = start(MODEL, Path(logs) / "errors", run=Path(logs))
         try:
             server.wait()
             browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
@@ -86,7 +131,8 @@ def main() -> int:
                     print(f"{file.name}: more than {LARGEST:,} bytes", file=sys.stderr)
                     return 1
             browser.close()
-            server.stop()
+            server.interrupt()
+            server.ended()
         finally:
             server.process.kill()
     return 0

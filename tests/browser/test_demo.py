@@ -24,6 +24,7 @@ from tests.browser.pages import (
     send,
     shown,
     speed_of,
+    stopped,
     wait_for,
     without_times,
 )  # fmt: skip
@@ -72,38 +73,52 @@ def test_errors_are_one_line_and_the_server_lives(servers, lm, open_page):
     assert answered(page, PROMPT)["memory"] == "fetched"
     assert refused(page, "x" * 100_001).startswith("the prompt has 100,001 characters")
     assert answered(page, PROMPT)["memory"] == "fetched"
+    answered(page, PROMPT, "Fetched", -5)  # as the field says then: 1
+    expect(page.locator("[data-meter=tokens]")).to_contain_text(", 1 written")
 
 
-def test_streaming_and_stop(servers, open_page):
+def test_a_prompt_of_ten_megabytes(servers, open_page):
+    page, other = open_page(servers[0]), open_page(servers[0])
+    field = page.get_by_label("Prompt", exact=True)
+    # Not shown, because the browser would be busy with it for long.
+    field.evaluate(
+        """field => {
+          field.style.display = 'none';
+          field.value = 'x'.repeat(10_000_000);
+          field.dispatchEvent(new Event('input', {bubbles: true}));
+          document.querySelector('#send').click();
+        }"""
+    )
+    wait_for(page, "error", None)
+    assert page.get_by_role("alert").text_content().startswith("the prompt has 10,000,000 char")
+    assert answered(other, PROMPT)["memory"] == "fetched"
+    # What is pasted ends where it is too long, so that the page stays alive.
+    field.evaluate("field => { field.style.display = ''; field.value = ''; field.focus(); }")
+    page.evaluate("document.execCommand('insertText', false, 'x'.repeat(1_000_000))")
+    assert len(field.input_value()) == 100_001
+    assert answered(page, PROMPT)["memory"] == "fetched"
+
+
+def test_streaming_and_stop(servers, open_page, gate):
     page = open_page(servers[1])
-    written = page.locator("#answer .hm-written")
-    send(page, PROMPT, "Fetched", 4096)
-    lengths = [0]
-    while len(lengths) < 4:
-        expect(written).to_have_text(re.compile(rf"^.{{{lengths[-1] + 1},}}$", re.S))
-        lengths.append(len(written.text_content()))
-        expect(page.locator("#answer .hm-answer")).to_have_attribute("data-state", "running")
-    # The report is there while the answer is written.
+    stop = page.get_by_role("button", name="Stop")
+    expect(stop).to_be_disabled()
+    send(page, gate.pause, "Fetched", 4096)
+    # What has come is there while the answer is written; the model waits after its fifth token.
+    expect(page.locator("#answer .hm-written")).to_have_text(re.compile(r"^\S{5}$"))
+    expect(page.locator("#answer .hm-answer")).to_have_attribute("data-state", "running")
     expect(page.locator("#report tbody tr")).to_have_count(2)
-    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("[data-meter=tokens]")).to_contain_text("5 written")
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    written = shown(page)["text"]
+    stopped(page, stop.click)
+    gate.open()
     wait_for(page, "done", None)
-    found = shown(page)
-    assert found["status"] == "stopped"
-    assert lengths[-1] <= len(found["text"]) < 4096
-    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+    # Not one token more, though one was on its way.
+    assert (shown(page)["text"], shown(page)["status"]) == (written, "stopped")
+    expect(page.locator("[data-meter=tokens]")).to_contain_text("5 written")
+    expect(stop).to_be_disabled()
     assert answered(page, PROMPT, "Fetched", 8)["status"] == "length limit reached"
-
-
-def test_a_visitor_who_leaves_frees_the_model(servers, open_page):
-    """That what they had running is dropped at once is tested in test_demo_app.py."""
-    first, second = open_page(servers[1]), open_page(servers[1])
-    before = number(second)
-    send(first, PROMPT, "Fetched", 4096)
-    expect(first.locator("#report tbody tr")).to_have_count(2)
-    first.context.close()
-    send(second, OTHER_PROMPT, "Fetched", 8)
-    wait_for(second, "done", before)
-    assert shown(second)["prompt"] == OTHER_PROMPT
 
 
 def test_an_address_that_is_taken(servers, capsys):
@@ -114,3 +129,14 @@ def test_an_address_that_is_taken(servers, capsys):
     assert main(["demo", "--port", "70000"]) == 2
     assert main(["demo", "--host", "no.such.host.invalid"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_what_is_no_model_and_what_is_no_run(servers, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no model")
+    assert main(["demo", "--model", str(tmp_path), "--port", "0", "--no-browser"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mlx_hiermem: error: ") and error.count("\n") == 1
+    assert str(tmp_path) in error
+    assert main(["demo", "--run", str(tmp_path / "none"), "--no-browser"]) == 2
+    error = capsys.readouterr().err
+    assert "--run" in error and error.count("\n") == 1
