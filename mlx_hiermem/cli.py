@@ -24,7 +24,7 @@ COMMANDS = {
     "serve": "answer an OpenAI-compatible API over HTTP, with a memory per request",
     "init": "make a model folder with a fresh memory bank, for any model that mlx-lm loads",
     "train": "train an anchor, or memories on it, on a corpus that cluster has made",
-    "evaluate": "measure facts, routing or perplexity, with the memory fetched, generic and off",
+    "evaluate": "measure facts, routing, perplexity or lm-eval tasks, with and without memory",
     "cluster": "make a corpus: embed documents, grow the tree, assign, pack",
     "merge": "put the subtrees that train --subtree trained together to one model",
     "bank": "look at a memory bank, change it, publish it",

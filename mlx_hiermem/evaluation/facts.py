@@ -22,7 +22,9 @@ in other tokens than the tokenizer makes of it is a miss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +44,14 @@ __all__ = [
     "CONDITIONS",
     "CONTROL_FILE",
     "QUESTIONS_FILE",
+    "Answers",
     "Question",
     "answer",
+    "ask",
     "by_bucket",
     "by_family",
     "load_control",
+    "on_path",
     "read_questions",
     "wrong_paths",
     "write_questions",
@@ -88,59 +93,105 @@ def answer(
     if not questions:
         raise InputError("there are no questions to ask; give at least one")
     paths = lm.assign([question.prompt for question in questions])
-    branching = lm.bank.config.branching
-    wrong = wrong_paths(paths, [question.leaves for question in questions], branching, seed)
-    plan: dict[str, tuple[MemoryLM, Sequence[Memory]]] = {
-        "none": (lm, ["none"] * len(questions)),
-        "generic": (lm, ["generic"] * len(questions)),
-        "fetched": (lm, _tuples(paths)),
-        "wrong": (lm, _tuples(wrong)),
-        "blocked": (lm, _tuples(paths)),
+    config = lm.bank.config
+    leaves = [question.leaves for question in questions]
+    wrong = wrong_paths(paths, leaves, config.branching, seed, config.roots)
+    plan: dict[str, tuple[MemoryLM, Sequence[Memory], Fetch | None]] = {
+        "none": (lm, ["none"] * len(questions), None),
+        "generic": (lm, ["generic"] * len(questions), None),
+        "fetched": (lm, _tuples(paths), None),
+        "wrong": (lm, _tuples(wrong), None),
+        "blocked": (lm, _tuples(paths), partial(_fetch_blocked, lm)),
     }
     if control is not None:
-        plan["anchor_same_tokens"] = (control, ["none"] * len(questions))
+        plan["anchor_same_tokens"] = (control, ["none"] * len(questions), None)
+    pairs = [(question.prompt, question.continuation) for question in questions]
     hits = {}
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=len(plan) * len(questions), unit="question", disable=None) as bar:
-        for condition, (asked, memories) in plan.items():
+        for condition, (asked, memories, fetch) in plan.items():
             bar.set_description(condition)
-            hits[condition] = _ask(asked, questions, memories, condition == "blocked", bar)
+            hits[condition] = ask(asked, pairs, memories, fetch, bar).right
     return hits
 
 
-def _ask(
-    lm: MemoryLM, questions: Sequence[Question], memories: Sequence[Memory], block: bool, bar: tqdm
-) -> np.ndarray:
-    """Whether each question is answered exactly, (N,) bool, each with its own memory."""
-    # Questions of one path follow each other, so that each path is fetched once; among them those
-    # of about one length, so that little is padding.
-    order = sorted(range(len(questions)), key=lambda i: (memories[i], len(questions[i].prompt)))
+@dataclass(frozen=True)
+class Answers:
+    """What came of asking N questions.
+
+    Attributes:
+        right: (N,) bool, whether greedy decoding gives the continuation.
+        logprobs: (N,) float64, the log-probability of the whole continuation, in nats.
+    """
+
+    right: np.ndarray
+    logprobs: np.ndarray
+
+
+#: From what stands for a memory to the joined memory (1, N); None is memory off.
+Fetch = Callable[[Any], "mx.array | None"]
+
+
+def ask(
+    lm: MemoryLM,
+    pairs: Sequence[tuple[str, str]],
+    memories: Sequence[Any],
+    fetch: Fetch | None = None,
+    bar: tqdm | None = None,
+) -> Answers:
+    """Ask questions in batches, each with its own memory.
+
+    Args:
+        pairs: (prompt, continuation).
+        memories: per pair what ``fetch`` takes; equal ones are fetched once. They have to be of one
+            type that can be sorted; either all of them stand for memory off or none does.
+        fetch: default: ``lm.fetch``, so that a memory is "none", "generic" or a path, a tuple.
+        bar: told of each batch.
+
+    Raises:
+        InputError: there is no pair, or prompt and continuation are longer than the context.
+    """
+    if not pairs:
+        raise InputError("there are no questions to ask; give at least one")
+    fetch = fetch or (lambda memory: lm.fetch(memory).memory)
+    # Questions of one memory follow each other, so that it is fetched once; among them those of
+    # about one length, so that little is padding.
+    order = sorted(range(len(pairs)), key=lambda i: (memories[i], len(pairs[i][0])))
     size = BATCH
     if memories[order[0]] != memories[order[-1]]:
         memory_bytes = lm.bank.config.fetch_size() * lm.dtype.size
         size = min(BATCH, max(1, BATCH_BYTES // memory_bytes))
-    hits = np.zeros(len(questions), bool)
+    right, logprobs = np.zeros(len(pairs), bool), np.zeros(len(pairs))
     last, fetched = None, None
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         given = []
         for i in batch:
             if memories[i] != last:
-                last, fetched = memories[i], _fetch(lm, memories[i], block)
+                last, fetched = memories[i], fetch(memories[i])
             given.append(fetched)
-        pairs = [(questions[i].prompt, questions[i].continuation) for i in batch]
-        hits[batch] = [greedy for _, greedy in scoring.score(lm, pairs, given)]
-        bar.update(len(batch))
-    return hits
+        found = scoring.score(lm, [pairs[i] for i in batch], given)
+        logprobs[batch], right[batch] = zip(*found, strict=True)
+        if bar is not None:
+            bar.update(len(batch))
+    return Answers(right, logprobs)
 
 
-def _fetch(lm: MemoryLM, memory: Memory, block: bool) -> mx.array | None:
-    off = [(level, memory[level - 1]) for level in lm.bank.config.memory_levels] if block else []
-    return lm.fetch(memory, blocked=off).memory
+def _fetch_blocked(lm: MemoryLM, path: Sequence[int]) -> mx.array | None:
+    return lm.fetch(path, blocked=on_path(lm, path)).memory
+
+
+def on_path(lm: MemoryLM, path: Sequence[int]) -> list[tuple[int, int]]:
+    """The blocks (level, cluster) on a path, level 1 first."""
+    return [(level, path[level - 1]) for level in lm.bank.config.memory_levels]
 
 
 def wrong_paths(
-    paths: np.ndarray, leaves: Sequence[Sequence[int]], branching: int, seed: int
+    paths: np.ndarray,
+    leaves: Sequence[Sequence[int]],
+    branching: int,
+    seed: int,
+    roots: int | None = None,
 ) -> np.ndarray:
     """A path in another level-1 subtree for each question, drawn evenly.
 
@@ -152,6 +203,7 @@ def wrong_paths(
         leaves: per question the leaf clusters under which the fact was trained.
         branching: k.
         seed: of the draw.
+        roots: clusters of level 1; by default the branching.
 
     Returns:
         (N, p) int64.
@@ -161,7 +213,7 @@ def wrong_paths(
     rng = np.random.default_rng(seed)
     wrong = np.empty((len(paths), levels), np.int64)
     for row, path, trained in zip(wrong, paths, leaves, strict=True):
-        others = [cluster for cluster in range(branching) if cluster != path[0]]
+        others = [cluster for cluster in range(roots or branching) if cluster != path[0]]
         near = {leaf // below[0] for leaf in trained}
         free = [cluster for cluster in others if cluster not in near] or others
         subtree = free[rng.integers(len(free))]
