@@ -7,8 +7,9 @@ can do so without loading a backend; only sizes need the kind's own file.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from .errors import ConfigError
 from .quantization import Quantization
 from .shapes import MAX_SIZE, AnchorShape, shown
 
-__all__ = ["KINDS", "PLACEMENTS", "AnchorShape", "MemoryConfig", "placement"]
+__all__ = ["KINDS", "PLACEMENTS", "Added", "AnchorShape", "MemoryConfig", "placement"]
 
-FORMAT_VERSION = 1
+#: Of a bank without added memories, and of one with them.
+FORMAT_VERSION, ADDED_VERSION = 1, 2
 
 #: Bytes of one number in each dtype that a bank may be stored in.
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -31,6 +33,8 @@ ENCODER_TYPES = ("embeddings", "bert")
 _MAX_LEVELS = 61
 # The config of a bank is a few hundred bytes.
 _MOST_BYTES = 1 << 24
+
+_ADDED_NAME = re.compile("[a-z0-9-]{1,32}")
 
 
 #: Kinds of memory, one file each in ``kinds/``.
@@ -67,6 +71,43 @@ def placement(where: str, layers: int) -> tuple[int, ...] | None:
 
 
 @dataclass(frozen=True)
+class Added:
+    """A memory that was added to a bank: level-1 clusters behind those of the tree.
+
+    Attributes:
+        name: of it; letters, digits and hyphens.
+        roots: its level-1 clusters; each has a subtree of k children per cluster, as all have.
+
+    Raises:
+        ConfigError: the name or the number cannot be.
+    """
+
+    name: str
+    roots: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _ADDED_NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"added memory: name is {shown(self.name)}; expected 1 to 32 of a-z, 0-9 and -"
+            )
+        if type(self.roots) is not int or not 1 <= self.roots < MAX_SIZE:
+            raise ConfigError(
+                f"added memory {self.name}: roots is {shown(self.roots)}; expected an integer >= 1"
+            )
+
+    @classmethod
+    def of(cls, value: Any) -> Added:
+        """One from what a JSON file holds."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping) or set(value) != {"name", "roots"}:
+            raise ConfigError(
+                f"memory config: added holds {shown(value)}; expected objects with name and roots"
+            )
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """Shape, placement and storage of a memory bank (the paper's *memory config*).
 
@@ -83,7 +124,9 @@ class MemoryConfig:
             ``quantization.py``); ``None``: not at all. ``dtype`` is then that of affine scales.
         base_anchor: ``{"name": ..., "revision": ..., "shape": {...}}`` of the anchor that the
             bank was trained with; ``shape`` holds the fields of :class:`AnchorShape`.
-        format_version: version of the folder format (docs/format.md).
+        added: memories that were added to the bank, in their order (docs/adding.md).
+        format_version: version of the folder format (docs/format.md): 2 with added memories, else
+            1; it follows from them where it is not given.
 
     Raises:
         ConfigError: a value is unknown or contradicts another one.
@@ -98,7 +141,8 @@ class MemoryConfig:
     dtype: str = "bfloat16"
     quantization: Mapping[str, Any] | None = None
     base_anchor: Mapping[str, Any] | None = None
-    format_version: int = FORMAT_VERSION
+    added: tuple[Added, ...] = ()
+    format_version: int = 0
 
     def __post_init__(self) -> None:
         def integers(name: str, low: int) -> None:
@@ -115,11 +159,7 @@ class MemoryConfig:
                 )
             object.__setattr__(self, name, tuple(value))
 
-        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
-            raise ConfigError(
-                f"memory config: format_version is {shown(self.format_version)}; this version of "
-                f"mlx_hiermem reads {FORMAT_VERSION}; update mlx_hiermem or convert the bank"
-            )
+        self._check_version()
         integers("ranks", 0)
         if not any(self.ranks):
             raise ConfigError(
@@ -136,7 +176,11 @@ class MemoryConfig:
         k = self.branching
         if isinstance(k, bool) or not isinstance(k, int) or k < 2:
             raise ConfigError(f"memory config: branching is {shown(k)}; expected an integer >= 2")
-        if self.levels > _MAX_LEVELS or k >= 2**62 or k**self.levels >= 2**62:
+        if (
+            self.levels > _MAX_LEVELS
+            or max(k, self.roots) >= 2**62
+            or self.clusters(self.levels) >= 2**62
+        ):
             raise ConfigError(
                 f"memory config: {shown(k)}^{self.levels} clusters cannot be numbered; "
                 "use fewer levels or a smaller branching"
@@ -169,6 +213,25 @@ class MemoryConfig:
             if self.packing is not None:
                 for width in set(self.row_widths()):
                     self.packing.check(width)
+
+    def _check_version(self) -> None:
+        """Check ``added`` and ``format_version``, which have to agree."""
+        if isinstance(self.added, str | Mapping) or not isinstance(self.added, Sequence):
+            raise ConfigError(f"memory config: added is {shown(self.added)}; expected a list")
+        added = tuple(map(Added.of, self.added))
+        names = [one.name for one in added]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"memory config: added names {shown(names)}; each may be there once")
+        object.__setattr__(self, "added", added)
+        wanted, version = ADDED_VERSION if added else FORMAT_VERSION, self.format_version
+        if type(version) is not int or version not in (0, FORMAT_VERSION, ADDED_VERSION):
+            raise _unknown_version(version)
+        if version not in (0, wanted):
+            raise ConfigError(
+                f"memory config: format_version is {version}, but with {len(added)} added memories "
+                f"it is {wanted}; get the file again"
+            )
+        object.__setattr__(self, "format_version", wanted)
 
     def _one_of(self, name: str, known: Collection[str]) -> None:
         value = getattr(self, name)
@@ -203,8 +266,25 @@ class MemoryConfig:
         return tuple(range(shape.num_hidden_layers)) if self.layers is None else self.layers
 
     def clusters(self, level: int) -> int:
-        """Clusters of ``level`` (levels count from 1): k^l."""
-        return self.branching**level
+        """Clusters of ``level`` (levels count from 1): roots * k^(l-1); k^l if none was added."""
+        return self.roots * self.branching ** (level - 1)
+
+    @property
+    def roots(self) -> int:
+        """Clusters of level 1: the k of the tree, and those of the added memories."""
+        return self.branching + sum(one.roots for one in self.added)
+
+    def added_roots(self) -> dict[str, range]:
+        """Name -> the level-1 clusters of each added memory."""
+        found, first = {}, self.branching
+        for one in self.added:
+            found[one.name] = range(first, first + one.roots)
+            first += one.roots
+        return found
+
+    def with_added(self, added: Sequence[Added]) -> MemoryConfig:
+        """The same with other added memories."""
+        return replace(self, added=tuple(added), format_version=0)
 
     @property
     def memory_levels(self) -> tuple[int, ...]:
@@ -225,7 +305,8 @@ class MemoryConfig:
         return sum(self.ranks) * sum(self.row_widths(anchor))
 
     def bank_size(self, anchor: Any = None) -> int:
-        """Numbers in the whole bank: the sum of s_l * k^l. The generic memory is not counted."""
+        """Numbers in the whole bank: the sum of s_l times the clusters of the level. The generic
+        memory is not counted."""
         return sum(
             self.block_size(level, anchor) * self.clusters(level) for level in self.memory_levels
         )
@@ -277,11 +358,16 @@ class MemoryConfig:
             )
         if "ranks" not in values:
             raise ConfigError("memory config: ranks is missing; give one rank for each level")
+        if values.get("format_version") == 0:  # which here would stand for none given
+            raise _unknown_version(values["format_version"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A mapping that ``from_dict`` and JSON take."""
-        return asdict(self)
+        """A mapping that ``from_dict`` and JSON take; without ``added`` where nothing was added."""
+        values = asdict(self)
+        if not self.added:
+            del values["added"]
+        return values
 
     @classmethod
     def load(cls, path: str | Path) -> MemoryConfig:
@@ -307,3 +393,10 @@ class MemoryConfig:
     def save(self, path: str | Path) -> None:
         """Write ``memory/config.json`` (not atomically: ``bank.layout`` does that for a bank)."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _unknown_version(version: Any) -> ConfigError:
+    return ConfigError(
+        f"memory config: format_version is {shown(version)}; this version of mlx_hiermem reads "
+        f"{FORMAT_VERSION} and {ADDED_VERSION}; update mlx_hiermem or convert the bank"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,16 @@ def write_safetensors(
     Raises:
         FormatError: the file cannot be written; what was there before is still there.
     """
+    with AtomicFile(path.parent, path.name) as file:
+        for piece in safetensors_pieces(arrays, metadata):
+            file.write(piece)
+    return file.sha256
+
+
+def safetensors_pieces(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece; as :func:`write_safetensors`."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():
@@ -125,10 +135,8 @@ def write_safetensors(
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # the numbers start at a multiple of eight bytes
-    with AtomicFile(path.parent, path.name) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-            # Not memoryview.cast, which refuses an array without numbers.
-            file.write(memoryview(little.reshape(-1).view(np.uint8)))
-    return file.sha256
+    yield len(text).to_bytes(8, "little") + text
+    for array in arrays.values():
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        # Not memoryview.cast, which refuses an array without numbers.
+        yield memoryview(little.reshape(-1).view(np.uint8))

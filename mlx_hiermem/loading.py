@@ -9,6 +9,8 @@ from typing import Any
 import mlx.nn as nn
 
 from .anchors import load_anchor, load_anchor_tokenizer
+from .bank.journal import Snapshot
+from .bank.layout import added_tree
 from .bank.parts import Part
 from .bank.store import MemoryBank
 from .config import MemoryConfig
@@ -88,6 +90,10 @@ def _load_routing(
 ) -> tuple[ClusterTree, Encoder]:
     path = folder / "tree.safetensors"
     tree = ClusterTree.load(path)
+    for added in config.added:
+        # While an edit comes into force the file may still have another name.
+        name = Snapshot(folder).name(added_tree(added.name))
+        tree = tree.load_added(folder / name, added.roots)
     if (tree.branching, tree.levels) != (config.branching, config.levels):
         raise ConfigError(
             f"{path}: branching {tree.branching}, levels {tree.levels}; config.json says "

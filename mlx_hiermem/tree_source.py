@@ -11,13 +11,14 @@ from .anchors import load_anchor
 from .bank.blocked import BLOCKED
 from .bank.checksums import CHECKSUMS
 from .bank.files import find
-from .bank.layout import CONFIG, GENERIC, level_of
+from .bank.layout import CONFIG, GENERIC, added_tree, level_of
 from .bank.manifest import FileEntry, read_manifest
 from .config import MemoryConfig
 from .corpus.folder import file_sha256
 from .corpus.info import INFO, CorpusInfo
 from .errors import ConfigError, FormatError, InputError
 from .routing.embeddings import embedding_table
+from .routing.names import NAMES
 from .routing.tree import ClusterTree
 
 TREE = "tree.safetensors"
@@ -87,6 +88,8 @@ def _routing_of_corpus(corpus: Path) -> Routing:
 def _routing_of_bank(memory: Path) -> Routing:
     config = MemoryConfig.load(memory / CONFIG)
     own = {CONFIG, GENERIC, CHECKSUMS, BLOCKED}
+    if config.added:  # which are no part of the tree; some of the names are theirs
+        own |= {NAMES, *(added_tree(one.name) for one in config.added)}
     files: dict[str, FileEntry | None] = {
         name: entry
         for name, entry in read_manifest(memory).files.items()

@@ -73,7 +73,7 @@ class Demo:
         assert facts.config is not None
         self.run = run
         self.name = name
-        self._uses = bank_tab.UseCounter(facts.config.branching, facts.config.levels)
+        self._uses = bank_tab.UseCounter(facts.config)
         self.desk = Desk(thread, facts, name, self._uses)
         self._verification = bank_tab.Verification(reader)
 

@@ -2,7 +2,7 @@
 
 For who wires it into the page:
 
-    counter = bank_tab.UseCounter(branching, levels)   # one for the server, before page()
+    counter = bank_tab.UseCounter(config)   # one for the server, before page()
     counter.add(path.ids)                              # once per answer, any thread
     verification = bank_tab.Verification(lambda: BlockReader(folder))  # one for the server
     with gr.Tab("Bank"):
@@ -40,6 +40,7 @@ from .view import size
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.reader import BlockReader
+    from mlx_hiermem.config import MemoryConfig
     from mlx_hiermem.routing.names import ClusterNames
 
 #: Seconds between two looks at the counts and the verification.
@@ -53,12 +54,11 @@ class UseCounter:
     """How often each cluster was on a path, since the server started. For any thread.
 
     Args:
-        branching, levels: of the tree.
+        config: of the bank.
     """
 
-    def __init__(self, branching: int, levels: int) -> None:
-        self.branching = branching
-        self.levels = levels
+    def __init__(self, config: MemoryConfig) -> None:
+        self._config = config
         self._leaves: Counter[int] = Counter()
         self._lock = threading.Lock()
 
@@ -72,7 +72,8 @@ class UseCounter:
         with self._lock:
             found = sorted(self._leaves.items())
         leaves, counts = np.array(found, np.int64).reshape(-1, 2).T
-        return Uses(self.branching, self.levels, leaves, counts, "answers", "this server")
+        k, levels, added = self._config.branching, self._config.levels, self._config.roots
+        return Uses(k, levels, leaves, counts, "answers", "this server", added - k)
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def _level(uses: Uses, level: int, names: ClusterNames | None) -> str:
     )
     return (
         '<div class="hm-scroll"><table class="hm-table hm-used"><caption>Level '
-        f"{level}: {len(clusters):,} of {uses.branching**level:,} clusters used by {uses.total:,} "
+        f"{level}: {len(clusters):,} of {uses.clusters(level):,} clusters used by {uses.total:,} "
         f'{escape(uses.what)}</caption><thead><tr><th scope="col">Cluster</th>'
         '<th scope="col">Name</th><th scope="col">Uses</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

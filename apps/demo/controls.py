@@ -124,5 +124,5 @@ def picture(desk: Desk, own: Visitor, state: Answer | None, ident: str) -> str:
     return tree_view.picture(
         path, blocks, branching=facts.config.branching, levels=facts.config.levels,
         names=facts.names, blocked=own.blocked | facts.blocked,
-        memory_levels=facts.config.memory_levels, ident=ident,
+        memory_levels=facts.config.memory_levels, roots=facts.config.roots, ident=ident,
     )  # fmt: skip

@@ -120,5 +120,6 @@ def _names(lm: MemoryLM) -> ClusterNames | None:
 
     names = ClusterNames.load(lm.bank.folder)
     if names is not None:
-        names.check(lm.bank.config.branching, lm.bank.config.levels)
+        config = lm.bank.config
+        names.check(config.branching, config.levels, config.roots)
     return names

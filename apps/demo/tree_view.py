@@ -46,6 +46,7 @@ SOURCES = {
     "prefetched": "read ahead",
     "batch": "read once for several answers",
     "blocked": "switched off, reads as zeros",
+    "removed": "deleted from the bank, reads as zeros",
     "absent": "not in the part that is open, reads as zeros",
 }
 
@@ -59,6 +60,7 @@ def picture(
     names: ClusterNames | None = None,
     blocked: Collection[tuple[int, int]] = frozenset(),
     memory_levels: Collection[int] | None = None,
+    roots: int | None = None,
     ident: str = "tree",
 ) -> str:
     """The tree around a path, as the HTML of one section.
@@ -71,6 +73,7 @@ def picture(
         blocked: pairs (level, cluster) that are crossed out, beside those that ``blocks`` tells.
         memory_levels: levels that have memory (default: all); the others light up with those
             around them.
+        roots: clusters of level 1, where memories were added behind the k of the tree.
         ident: start of every id.
     """
     found = {block.level: block for block in blocks}
@@ -80,9 +83,11 @@ def picture(
     columns, above = [], None
     for level in range(1, (levels if path is not None else 1) + 1):
         mine = None if path is None else path[level - 1]
-        shown = _shown(mine, branching)
+        siblings = (roots or branching) if level == 1 else branching
+        shown = _shown(mine, siblings)
         column = _Column(level, mine if level <= lit else None, shown, found.get(level), ident)
-        columns.append(column.html(branching**level, names, off, level in with_memory, above))
+        count = (roots or branching) * branching ** (level - 1)
+        columns.append(column.html(count, names, off, level in with_memory, above))
         above = None if mine is None else mine - shown.start
     ids = "" if path is None else ",".join(map(str, path[:lit]))
     return (
@@ -125,11 +130,11 @@ def _lit(found: Collection[int], with_memory: set[int], levels: int) -> int:
     return lit if found else 0
 
 
-def _shown(mine: int | None, branching: int) -> range:
+def _shown(mine: int | None, siblings: int) -> range:
     """The clusters of a column."""
-    first = 0 if mine is None else mine - mine % branching
-    count = min(branching, SHOWN)
-    start = 0 if mine is None else min(max(0, mine - first - count // 2), branching - count)
+    first = 0 if mine is None else mine - mine % siblings
+    count = min(siblings, SHOWN)
+    start = 0 if mine is None else min(max(0, mine - first - count // 2), siblings - count)
     return range(first + start, first + start + count)
 
 

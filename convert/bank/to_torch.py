@@ -53,6 +53,12 @@ def write_stacked(
             f"{reader.folder}: is quantised ({config.packing}); PyTorch gets the bank that it was "
             "made from"
         )
+    if config.added:
+        names = ", ".join(one.name for one in config.added)
+        raise FormatError(
+            f"{reader.folder}: has added memories ({names}), which no layout of PyTorch knows; "
+            "convert the bank that they were added to"
+        )
     matrices = _Matrices(config)
     found: dict[str, str] = {}
     for level in config.memory_levels:

@@ -3,6 +3,8 @@
 Files that change are written anew, whole: what readers have open stays as it was. So one block
 costs the writing of its level file. What is copied is checked against the manifest on the way, so
 that damage on the disk does not come out with a valid sha256.
+
+What is removed is also overwritten in the old file, once the new one is in force (``journal``).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ..errors import FormatError
 from ..files import AtomicFile
 from . import journal
 from .address import check_block, check_cluster, check_level
-from .blocked import BLOCKED, blocked_bytes
+from .blocked import BLOCKED, BlockedBlocks, blocked_bytes
 from .checksums import CHECKSUMS, Digests, write_checksums
 from .dtypes import STORAGE
 from .manifest import MANIFEST, FileEntry, Manifest, manifest_bytes, revision_of
@@ -64,8 +66,10 @@ class BankEdit:
         self._step = step or (lambda name: None)
         self._rows: dict[tuple[int, int], dict[int, bytes]] = {}  # (level, shard) -> row
         self._blocked: frozenset[tuple[int, int]] | None = None
+        self._removed: set[tuple[int, int]] = set()
         self._digests: Digests | None = None
         self._names_file: bytes | None = None
+        self._forget_names = False
         self._lock = -1
 
     def __enter__(self) -> BankEdit:
@@ -110,7 +114,7 @@ class BankEdit:
     # ---- what is to change -------------------------------------------------------------
 
     def replace_blocks(self, level: int, blocks: Mapping[int, np.ndarray | bytes]) -> None:
-        """Replace stored blocks. What is given is copied.
+        """Replace stored blocks. What is given is copied. A block that was removed is there again.
 
         Args:
             blocks: by cluster the stored bytes, or an array of the storage dtype, (stored_size,).
@@ -125,6 +129,20 @@ class BankEdit:
             stored = self._checked(level, cluster, block)
             index, row = self.reader.locate(level, cluster)
             self._rows.setdefault((level, index), {})[row] = stored
+            self._removed.discard((level, cluster))
+
+    def remove_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Put zeros in the place of blocks, for good; see ``remove``.
+
+        Raises:
+            PathError: there is no such block.
+        """
+        found = {check_block(self.config, pair) for pair in pairs}
+        zeros = {level: bytes(self.config.block_bytes(level)) for level, _ in found}
+        for level, cluster in found:
+            index, row = self.reader.locate(level, cluster)
+            self._rows.setdefault((level, index), {})[row] = zeros[level]
+        self._removed |= found
 
     def _checked(self, level: int, cluster: int, block: np.ndarray | bytes) -> bytes:
         what = f"{self.folder}: block {cluster} of level {level} is given"
@@ -147,9 +165,13 @@ class BankEdit:
         """
         self._blocked = frozenset(check_block(self.config, pair) for pair in pairs)
 
-    def set_names(self, data: bytes) -> None:
-        """Set the file with the names of clusters, given whole (``routing/names.py``)."""
-        self._names_file = data
+    def set_names(self, data: bytes, forget: bool = False) -> None:
+        """Set the file with the names of clusters, given whole (``routing/names.py``).
+
+        Args:
+            forget: overwrite the old file on the disk.
+        """
+        self._names_file, self._forget_names = data, forget
 
     def set_checksums(self, digests: Digests) -> None:
         """Give the bank checksums of its blocks, which have to be those that it has now."""
@@ -160,14 +182,14 @@ class BankEdit:
     def _commit(self) -> None:
         changed: dict[str, FileEntry] = {}
         try:
-            self._check_space()
+            overwrite = self._to_overwrite()
+            self._check_space(sum(end - at for found in overwrite.values() for at, end in found))
             self._step("write")
             for (level, index), rows in self._rows.items():
                 shard = self.reader.shards(level)[index]
                 changed[shard.name] = self._write(shard.name, self._shard(level, index, rows))
             changed |= self._changed_checksums()
-            if self._blocked is not None and self._blocked != self.reader.blocked:
-                changed[BLOCKED] = self._write(BLOCKED, [blocked_bytes(self._blocked)])
+            changed |= self._changed_blocked()
             if self._names_file is not None:
                 changed[NAMES] = self._write(NAMES, [self._names_file])
             changed = {
@@ -182,25 +204,59 @@ class BankEdit:
             manifest = Manifest(files, revision_of(files))
             self._write(MANIFEST, [manifest_bytes(manifest)])
             self._step("journal")
-            journal.commit(self.folder, [*changed, MANIFEST])
+            overwrite = {name: found for name, found in overwrite.items() if name in changed}
+            journal.commit(self.folder, [*changed, MANIFEST], overwrite)
         except BaseException:
             self._clear()
             raise
         self.revision = manifest.revision
         self._step("apply")
-        journal.apply(self.folder)
+        journal.apply(self.folder, self._step, lambda count: self._progress(self._total, count))
         self._clear()
         self._step("done")
 
-    def _check_space(self) -> None:
-        sizes = [self.reader.manifest.files[name].bytes for name in self._names()]
+    def _check_space(self, in_place: int) -> None:
+        written = sum(self.reader.manifest.files[name].bytes for name in self._names())
         free = shutil.disk_usage(self.folder).free
-        self._total = sum(sizes)
-        if free < self._total + (1 << 20):
+        self._total = written + in_place
+        if free < written + (1 << 20):
             raise FormatError(
-                f"{self.folder}: the edit writes {self._total:,} bytes, and {free:,} are free; "
+                f"{self.folder}: the edit writes {written:,} bytes, and {free:,} are free; "
                 "make room on the disk"
             )
+
+    def _to_overwrite(self) -> dict[str, list[journal.Range]]:
+        """Which bytes of old files must not stay on the disk; each file can be written in place."""
+        found: dict[str, list[journal.Range]] = {}
+        for level, cluster in sorted(self._removed):
+            file, start = self.reader.find(level, cluster)
+            begin = file.offset + start
+            ranges = found.setdefault(file.name, [])
+            if ranges and ranges[-1][1] == begin:
+                begin = ranges.pop()[0]
+            ranges.append((begin, file.offset + start + self.config.block_bytes(level)))
+        if self._forget_names and NAMES in self.reader.manifest.files:
+            found[NAMES] = [(0, self.reader.manifest.files[NAMES].bytes)]
+        for name in found:
+            self._check_own(self.folder / name)
+        return found
+
+    def _check_own(self, path: Path) -> None:
+        """FormatError if a file cannot be overwritten, or if that would change another's too."""
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode) or status.st_nlink > 1:
+            kind = "is a link" if stat.S_ISLNK(status.st_mode) else "has several names (hard links)"
+            raise FormatError(
+                f"{path}: {kind}, so that the numbers are, or belong, elsewhere too; copy the "
+                "model folder (cp -rL), remove from the copy, and delete the other"
+            )
+        try:
+            os.close(journal.open_to_overwrite(path))
+        except OSError as error:
+            raise FormatError(
+                f"{path}: cannot be overwritten ({error.strerror}); what is removed would stay on "
+                "the disk, make the file writable"
+            ) from None
 
     def _names(self) -> list[str]:
         return [self.reader.shards(level)[index].name for level, index in self._rows]
@@ -237,6 +293,20 @@ class BankEdit:
                 f"{self.folder / shard.name}: is not what {MANIFEST} says, so that an edit would "
                 "hide the damage; copy or download the file again"
             )
+
+    def _changed_blocked(self) -> dict[str, FileEntry]:
+        """``blocked.json``, where it lists other blocks than before."""
+        before = self.reader.blocked
+        written = {
+            (level, self.reader.shards(level)[index].first + row)
+            for (level, index), rows in self._rows.items()
+            for row in rows
+        }
+        blocked = before if self._blocked is None else self._blocked
+        after = BlockedBlocks(blocked, (before.removed - written) | self._removed)
+        if (after, after.removed) == (before, before.removed):
+            return {}
+        return {BLOCKED: self._write(BLOCKED, [blocked_bytes(after)])}
 
     def _changed_checksums(self) -> dict[str, FileEntry]:
         if self._digests is not None:

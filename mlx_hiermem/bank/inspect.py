@@ -29,13 +29,14 @@ def describe(
         held: bytes of the resident and cached blocks.
 
     Returns:
-        ``folder``, ``revision``, ``format_version``, ``kind``, ``branching``, ``quantization``,
-        ``fetch_size`` and ``fetch_bytes`` (numbers and bytes of one fetched memory), ``bank_size``
-        and ``bank_bytes``, ``memory_budget``, ``bytes_held``, ``blocked`` (pairs), and ``levels``:
-        for each level ``level``, ``clusters``, ``rank``, ``block_size`` (numbers), ``block_bytes``,
-        ``total_bytes``, ``present_bytes`` (in the part that is open), ``dtype``, ``shards``,
-        ``tier`` ("none" without memory, "absent" outside of the part), ``why``, ``folder`` and
-        ``blocked`` (how many).
+        ``folder``, ``revision``, ``format_version``, ``kind``, ``branching``, ``added`` (for each
+        added memory ``name``, ``roots`` and ``first``, its first cluster of level 1),
+        ``quantization``, ``fetch_size`` and ``fetch_bytes`` (numbers and bytes of one fetched
+        memory), ``bank_size`` and ``bank_bytes``, ``memory_budget``, ``bytes_held``, ``blocked``
+        (pairs), and ``levels``: for each level ``level``, ``clusters``, ``rank``, ``block_size``
+        (numbers), ``block_bytes``, ``total_bytes``, ``present_bytes`` (in the part that is open),
+        ``dtype``, ``shards``, ``tier`` ("none" without memory, "absent" outside of the part),
+        ``why``, ``folder`` and ``blocked`` (how many).
     """
     config = reader.config
     present = level_bytes(reader)
@@ -65,6 +66,10 @@ def describe(
         "format_version": config.format_version,
         "kind": config.kind,
         "branching": config.branching,
+        "added": [
+            {"name": name, "roots": len(roots), "first": roots.start}
+            for name, roots in config.added_roots().items()
+        ],
         "quantization": None if config.packing is None else config.packing.to_dict(),
         "fetch_size": config.fetch_size(),
         "fetch_bytes": sum(map(config.block_bytes, config.memory_levels)),

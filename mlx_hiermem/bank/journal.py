@@ -7,18 +7,24 @@ names, the manifest last, and the journal is removed. So:
 - before the journal is there, a reader and a crash see the old bank;
 - while it is there, a reader takes ``.edit-NAME`` where it still exists, and the file under its own
   name where it was renamed already: the new bank; who edits next after a crash finishes the rest;
-- a file that is open stays what it was.
+- a file that is open stays what it was, but for what an edit removes: the journal also lists the
+  bytes of old versions that are overwritten with zeros before their file is given up, so that they
+  are not left in the free space of the disk. Who finishes an edit begins with that; a file that has
+  its new version already has zeros there.
 
 Reading writes nothing, so it works on a disk that is read-only, journal or not.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import FormatError
 from ..files import AtomicFile, sync_folder
@@ -29,6 +35,23 @@ JOURNAL = ".edit.json"
 #: Put before the name of a file whose new version is written.
 PREFIX = ".edit-"
 _LIMIT = 1 << 22
+_ZEROS = memoryview(bytes(1 << 20))
+
+#: Bytes of a file, from the first to the one behind the last.
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What the journal says.
+
+    Attributes:
+        files: names of the files that a committed edit replaces; none without a journal.
+        overwrite: by name, the bytes of its old version that must not stay on the disk.
+    """
+
+    files: frozenset[str] = frozenset()
+    overwrite: Mapping[str, tuple[Range, ...]] = field(default_factory=dict)
 
 
 class Snapshot:
@@ -41,7 +64,7 @@ class Snapshot:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._mark = _mark(folder)
-        self._names = read_journal(folder)
+        self._names = read_journal(folder).files
         self._hidden: set[str] = set()
 
     def name(self, name: str) -> str:
@@ -69,58 +92,104 @@ def _mark(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
     return tuple(marks)
 
 
-def read_journal(folder: Path) -> frozenset[str]:
-    """Names of the files that a committed edit replaces; none if there is no journal.
+def read_journal(folder: Path) -> Journal:
+    """The journal of ``folder``; empty if there is none.
 
     Raises:
         FormatError: the journal is damaged.
     """
     try:
         if not os.path.lexists(folder / JOURNAL):
-            return frozenset()
+            return Journal()
         text = read_text(folder, JOURNAL, _LIMIT)
     except FormatError:
         if not os.path.lexists(folder / JOURNAL):  # the edit has ended meanwhile
-            return frozenset()
+            return Journal()
         raise
     try:
-        names = json.loads(text)["files"]
+        table = json.loads(text)
+        names, overwrite = table["files"], table.get("overwrite", {})
         if not isinstance(names, list) or MANIFEST not in names:
             raise ValueError
         if not all(isinstance(n, str) and "/" not in n and check_name(n) for n in names):
             raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if not isinstance(overwrite, dict) or not overwrite.keys() <= {*names} - {MANIFEST}:
+            raise ValueError
+        ranges = {name: tuple(map(_range, found)) for name, found in overwrite.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FormatError(
             f"{folder / JOURNAL}: not the journal of an edit; remove it if the bank was copied or "
             "downloaded, or copy it again"
         ) from None
-    return frozenset(names)
+    return Journal(frozenset(names), ranges)
+
+
+def _range(value: Any) -> Range:
+    start, end = value
+    if type(start) is not int or type(end) is not int or not 0 <= start < end < 2**63:
+        raise ValueError
+    return start, end
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether an edit was stopped before what it removes was overwritten on the disk."""
+    return any(os.path.lexists(folder / (PREFIX + name)) for name in read_journal(folder).overwrite)
 
 
 # ---- for who edits ---------------------------------------------------------------------
 
 
-def commit(folder: Path, names: Sequence[str]) -> None:
+def commit(
+    folder: Path, names: Sequence[str], overwrite: Mapping[str, Iterable[Range]] | None = None
+) -> None:
     """Put the new versions of ``names``, which are all written and synced, in force.
 
+    Args:
+        overwrite: by name, the bytes of the old version to overwrite; see :class:`Journal`.
+
     Raises:
-        FormatError: the journal cannot be written; nothing has changed then.
+        FormatError: the journal cannot be written, or would be too long; nothing has changed then.
     """
+    table: dict[str, Any] = {"files": sorted(names)}
+    if overwrite:
+        table["overwrite"] = {name: list(ranges) for name, ranges in sorted(overwrite.items())}
+    data = (json.dumps(table) + "\n").encode()
+    if len(data) > _LIMIT:
+        raise FormatError(
+            f"{folder / JOURNAL}: the edit is too large: {len(data):,} bytes, at most {_LIMIT:,}; "
+            "make it in several steps"
+        )
     with AtomicFile(folder, JOURNAL) as file:
-        file.write((json.dumps({"files": sorted(names)}) + "\n").encode())
+        file.write(data)
 
 
-def apply(folder: Path) -> None:
+def apply(
+    folder: Path,
+    step: Callable[[str], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Bring the files of a committed edit to their places. Does nothing without a journal.
 
+    Args:
+        step: called with "overwrite" and "rename" before each; for tests.
+        progress: called with the number of bytes overwritten since the call before.
+
     Raises:
-        FormatError: the journal is damaged, or a file cannot be renamed; what is in force stays so.
+        FormatError: the journal is damaged, or a file cannot be overwritten or renamed; what is in
+            force stays so, and the journal stays where it is.
     """
-    names = read_journal(folder)
-    if not names:
+    journal, step = read_journal(folder), step or (lambda name: None)
+    if not journal.files:
         return
     try:
-        for name in sorted(names, key=lambda name: (name == MANIFEST, name)):
+        if journal.overwrite:
+            step("overwrite")
+        for name, ranges in sorted(journal.overwrite.items()):
+            # Without its new version beside it, it is the new version itself.
+            if os.path.lexists(folder / (PREFIX + name)) and os.path.lexists(folder / name):
+                _overwrite(folder / name, ranges, progress or (lambda count: None))
+        step("rename")
+        for name in sorted(journal.files, key=lambda name: (name == MANIFEST, name)):
             hidden = folder / (PREFIX + name)
             if os.path.lexists(hidden):
                 if not stat.S_ISREG(os.lstat(hidden).st_mode):
@@ -137,6 +206,31 @@ def apply(folder: Path) -> None:
             f"{folder}: an edit cannot be brought to its end ({error.strerror}); it is in force "
             "all the same, edit again when the disk can be written"
         ) from None
+
+
+def open_to_overwrite(path: Path) -> int:
+    """A descriptor to write in place with; OSError for what is no regular file, or a link."""
+    flags = os.O_WRONLY | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0)
+    fd = os.open(path, flags | os.O_NONBLOCK)  # a pipe would be waited for
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
+
+
+def _overwrite(path: Path, ranges: Iterable[Range], progress: Callable[[int], None]) -> None:
+    """Write zeros over bytes of a file, in place, and wait until the disk has them."""
+    fd = open_to_overwrite(path)
+    try:
+        size = os.fstat(fd).st_size  # the file must not grow
+        for start, end in ranges:
+            while start < min(end, size):
+                count = os.pwrite(fd, _ZEROS[: min(end, size) - start], start)
+                start += count
+                progress(count)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def discard(folder: Path) -> None:

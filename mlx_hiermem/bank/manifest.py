@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import FORMAT_VERSION
+from ..config import ADDED_VERSION, FORMAT_VERSION
 from ..errors import FormatError
 from ..files import AtomicFile
 from .files import check_name, find, hash_file, read_text
+from .layout import is_added_tree
 
 MANIFEST = "manifest.json"
 
@@ -79,8 +80,14 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         name: {"bytes": entry.bytes, "sha256": entry.sha256}
         for name, entry in manifest.files.items()
     }
-    table = {"format_version": FORMAT_VERSION, "revision": manifest.revision, "files": files}
+    version = _version(manifest.files)
+    table = {"format_version": version, "revision": manifest.revision, "files": files}
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _version(files: Iterable[str]) -> int:
+    """The format version of a bank with these files: each added memory has a tree file."""
+    return ADDED_VERSION if any(map(is_added_tree, files)) else FORMAT_VERSION
 
 
 def _names(folder: Path) -> list[str]:
@@ -121,14 +128,16 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     if not isinstance(table, dict) or set(table) != {"format_version", "revision", "files"}:
         raise wrong("expected an object with exactly format_version, revision and files")
     version = table["format_version"]
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, ADDED_VERSION):
         raise FormatError(
-            f"{path}: format_version is {repr(version)[:40]}, expected "
-            f"{FORMAT_VERSION}; update mlx_hiermem or convert the bank"
+            f"{path}: format_version is {repr(version)[:40]}, expected {FORMAT_VERSION} or "
+            f"{ADDED_VERSION}; update mlx_hiermem or convert the bank"
         )
     if not isinstance(table["files"], dict):
         raise wrong("files is not an object")
     files = {name: _entry(name, value, wrong) for name, value in table["files"].items()}
+    if version != _version(files):
+        raise wrong(f"format_version is {version}, but its files are those of {_version(files)}")
     revision = revision_of(files)
     if table["revision"] != revision:
         raise wrong(

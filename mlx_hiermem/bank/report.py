@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 #: Where a block may come from; see :class:`BlockReport`.
-SOURCES = ("resident", "cached", "disk", "kept", "prefetched", "batch", "blocked", "absent")
+SOURCES = (
+    "resident", "cached", "disk", "kept", "prefetched", "batch", "blocked", "removed", "absent",
+)  # fmt: skip
+#: Sources of blocks that are zeros, for which nothing is read.
+OF_ZEROS = ("blocked", "removed", "absent")
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class BlockReport:
         source: "resident" (its level is held in memory), "cached" (fetched before), "disk" (read
             from its file), "kept" (in the buffer since the fetch before: nothing was moved),
             "prefetched" (read ahead, see ``MemoryBank.prefetch``), "batch" (read once for several
-            memories), "blocked" or "absent" (not in the part of the bank that is open; both are
-            zeros, and nothing was read).
+            memories), "blocked", "removed" (its numbers are gone, see ``bank remove``) or "absent"
+            (not in the part of the bank that is open); the last three are zeros, and nothing was
+            read.
         blocked: whether the block is blocked.
     """
 
@@ -109,9 +114,7 @@ class FetchedMemory:
         if self._loan is not None:
             self._loan.holders += 1
         blocks = [
-            block
-            if block.source in ("blocked", "absent")
-            else replace(block, source="batch", ms=0.0)
+            block if block.source in OF_ZEROS else replace(block, source="batch", ms=0.0)
             for block in self.report.blocks
         ]
         return FetchedMemory(self.joined, FetchReport(blocks), self._split, self._loan)

@@ -24,9 +24,11 @@ import numpy as np
 
 from ..errors import FormatError
 from .address import check_block, check_path
+from .blocked import removed_error
 from .cache import BlockCache
 from .fill import Filler, Request, Step
 from .inspect import describe, level_bytes
+from .journal import unfinished
 from .parts import Part
 from .prefetch import Prefetch, Prefetcher
 from .reader import BlockReader
@@ -282,7 +284,9 @@ class MemoryBank:
         for level, cluster in clusters.items():
             if count:
                 self.uses[level, cluster] += 1
-            zeros = (level, cluster) in blocked or not self._reader.has(level, cluster)
+            pair = level, cluster
+            gone = pair in blocked or pair in self.removed
+            zeros = gone or not self._reader.has(level, cluster)
             keys[level] = ZEROS if zeros else cluster
         off = frozenset(level for level, cluster in clusters.items() if (level, cluster) in blocked)
         return Request(clusters, keys, off)
@@ -359,7 +363,10 @@ class MemoryBank:
             nbytes = self._layout.block_bytes(step.level)
             return BlockReport(step.level, cluster, nbytes, step.ms, step.source)
         blocked = step.level in request.blocked
-        source = "blocked" if blocked else "absent"
+        if (step.level, cluster) in self.removed:
+            source = "removed"
+        else:
+            source = "blocked" if blocked else "absent"
         return BlockReport(step.level, cluster, 0, step.ms, source, blocked)
 
     # ---- blocking ----------------------------------------------------------------------
@@ -368,6 +375,11 @@ class MemoryBank:
     def blocked(self) -> frozenset[tuple[int, int]]:
         """The blocked blocks, as pairs (level, cluster)."""
         return frozenset(self._blocked)
+
+    @property
+    def removed(self) -> frozenset[tuple[int, int]]:
+        """The blocks whose numbers are gone (``bank remove``), as pairs (level, cluster)."""
+        return self._reader.blocked.removed
 
     def block(self, level: int, cluster: int) -> None:
         """Block one block: it reads as zeros until :meth:`unblock`; nothing on disk changes.
@@ -383,9 +395,12 @@ class MemoryBank:
         """Undo :meth:`block`; does nothing if the block is not blocked.
 
         Raises:
-            PathError: there is no such block.
+            PathError: there is no such block, or it was removed.
         """
-        self._blocked.discard(check_block(self.config, (level, cluster)))
+        key = check_block(self.config, (level, cluster))
+        if key in self.removed and key not in self._blocked:
+            raise removed_error(self.folder, *key)
+        self._blocked.discard(key)
 
     # ---- looking -----------------------------------------------------------------------
 
@@ -427,9 +442,18 @@ class MemoryBank:
         return self._pool.made
 
     def inspect(self) -> dict[str, Any]:
-        """What the bank is, and a table with one row per level; see ``inspect.describe``."""
+        """What the bank is, and a table with one row per level; see ``inspect.describe``.
+
+        Beside that ``removed`` (pairs; in each row how many), and ``removal_unfinished``: whether
+        what was removed is still on the disk, since the edit was stopped.
+        """
         self._check_open()
-        return describe(self._reader, self.tiers, self._blocked, self.bytes_held)
+        found = describe(self._reader, self.tiers, self._blocked, self.bytes_held)
+        for row in found["levels"]:
+            row["removed"] = sum(level == row["level"] for level, _ in self.removed)
+        found["removed"] = [list(pair) for pair in sorted(self.removed)]
+        found["removal_unfinished"] = unfinished(self.folder)
+        return found
 
 
 def _folder(place: str | Path) -> Path:

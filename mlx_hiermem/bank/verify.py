@@ -47,9 +47,9 @@ def verify_bank(
         block = reader.stored(level, None).view(np.uint8)
         check_block(reader, layout, level, GENERIC_KEY, [memoryview(block)], block)
     for level in reader.config.memory_levels:
-        for shard in reader.shards(level):
+        for index, shard in enumerate(reader.shards(level)):
             if reader.part.has_shard(reader.config, shard):
-                results.append(_verify_shard(reader, layout, shard, report))
+                results.append(_verify_shard(reader, layout, index, shard, report))
     return results
 
 
@@ -76,12 +76,17 @@ def compute_digests(reader: BlockReader, progress: Callable[[int], None] | None 
 
 
 def _verify_shard(
-    reader: BlockReader, layout: StoredLayout, shard: Shard, report: Callable[[int], None]
+    reader: BlockReader,
+    layout: StoredLayout,
+    index: int,
+    shard: Shard,
+    report: Callable[[int], None],
 ) -> dict[str, Any]:
+    """Verify the level file that is the level's ``index``-th."""
     entry = reader.manifest.files[shard.name]
     path = reader.place(shard.level) / shard.name
     # What is there now, not what was there when the bank was opened.
-    fd, size, offset = reader.open_shard(shard.level, shard.index)
+    fd, size, offset = reader.open_shard(shard.level, index)
     try:
         check_size(path, size, entry)
         digest = hashlib.sha256()

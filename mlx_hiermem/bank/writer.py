@@ -20,12 +20,21 @@ from . import journal
 from .checksums import CHECKSUMS, Digests
 from .dtypes import to_storage
 from .header import build_header
-from .layout import BLOCKS, CONFIG, GENERIC, GENERIC_TENSOR, Shard, shards
+from .layout import (
+    BLOCKS,
+    CONFIG,
+    GENERIC,
+    GENERIC_TENSOR,
+    Shard,
+    expected_files,
+    is_added_tree,
+    shards,
+)
 from .manifest import MANIFEST, FileEntry, write_manifest
 
 # Rows of an array that is given whole are converted and written in pieces of about this size.
 _CHUNK_BYTES = 1 << 26
-_LEFT_BEHIND = re.compile(r"\.?level-\d+-\d+-of-\d+\.safetensors(\.partial)?")
+_LEFT_BEHIND = re.compile(r"\.?level-\d+-(?:[a-z0-9-]{1,32}-)?\d+-of-\d+\.safetensors(\.partial)?")
 
 
 def write_bank(
@@ -98,8 +107,10 @@ def write_bank(
     known[GENERIC] = write_generic(folder, config, generic, digests)
     known[CHECKSUMS] = digests.write(folder)
     known[CONFIG] = write_config(folder, config)
+    expected = {*known, *expected_files(config)}
     for path in list(folder.iterdir()):  # what another bank, or a killed write, has left
-        if _LEFT_BEHIND.fullmatch(path.name) and path.name not in known:
+        ours = _LEFT_BEHIND.fullmatch(path.name) or is_added_tree(path.name)
+        if ours and path.name not in expected:
             path.unlink(missing_ok=True)
     return write_manifest(folder, known).revision
 

@@ -196,6 +196,19 @@ def pack(
         leaves.append(int(leaf))
     if not texts:
         raise TrainingError("the corpus has no documents; give at least one with text in it")
+    return pack_windows(texts, leaves, length, end_of_text)
+
+
+def pack_windows(
+    texts: Sequence[np.ndarray], leaves: Sequence[int], length: int, end_of_text: int
+) -> PackedCorpus:
+    """Pack windows as they are, each under its leaf: only a document's last ends with end-of-text.
+
+    Args:
+        texts: token ids of each window.
+        leaves: the leaf's cluster id of each.
+        length, end_of_text: as :func:`pack`.
+    """
     pieces = cut(np.asarray([len(text) for text in texts]), length)
     plan = next_fit(pieces.lengths, np.asarray(leaves, np.int64)[pieces.windows], length)
     tokens = np.full((plan.sequences, length), end_of_text, np.int32)

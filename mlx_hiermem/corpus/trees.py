@@ -63,6 +63,7 @@ def take_tree(config: CorpusConfig, routing: Path, width: int) -> None:
         )
     names = ClusterNames.load(config.tree)
     if names is not None:
+        names = names.of_tree(tree.branching)
         names.check(tree.branching, tree.levels)
         names.save(routing)
     copy_files(config.tree, routing, [TREE])

@@ -60,14 +60,17 @@ class ClusterNames:
 
     def __init__(self, levels: Sequence[Sequence[str]]) -> None:
         self.levels = tuple(tuple(names) for names in levels)
-        branching = len(self.levels[0]) if self.levels else 0
-        if branching < 2:
-            raise FormatError(f"{NAMES}: {branching} names at level 1; expected at least 2")
+        roots = len(self.levels[0]) if self.levels else 0
+        if roots < 2:
+            raise FormatError(f"{NAMES}: {roots} names at level 1; expected at least 2")
+        # Fewer than the roots where memories were added to the bank.
+        branching = len(self.levels[1]) // roots if len(self.levels) > 1 else roots
         for level, names in enumerate(self.levels, 1):
-            if len(names) != branching**level:
+            expected = roots * min(roots, max(2, branching)) ** (level - 1)
+            if len(names) != expected:
                 raise FormatError(
-                    f"{NAMES}: {len(names)} names at level {level}; expected {branching**level} "
-                    f"for branching {branching}"
+                    f"{NAMES}: {len(names)} names at level {level}; expected {expected} for "
+                    f"{roots} clusters at level 1"
                 )
             for cluster, name in enumerate(names):
                 if not _is_name(name):
@@ -83,14 +86,36 @@ class ClusterNames:
             return self.levels[level - 1][cluster]
         return unnamed(cluster)
 
-    def check(self, branching: int, levels: int) -> None:
-        """Raise FormatError where these cannot be names for a tree of this shape."""
-        if len(self.levels[0]) != branching or len(self.levels) > levels:
+    def check(self, branching: int, levels: int, roots: int | None = None) -> None:
+        """Raise FormatError where these cannot be names for a tree of this shape.
+
+        Args:
+            roots: clusters of level 1; by default the branching.
+        """
+        roots = branching if roots is None else roots
+        found = len(self.levels[0])
+        children = len(self.levels[1]) // found if len(self.levels) > 1 else branching
+        if found != roots or children != branching or len(self.levels) > levels:
             raise FormatError(
-                f"{NAMES}: names for branching {len(self.levels[0])} and {len(self.levels)} "
-                f"levels, but the tree has {branching} and {levels}; get the file again, or remove "
-                "it and write the manifest anew"
+                f"{NAMES}: names for {found} clusters at level 1, branching {children} and "
+                f"{len(self.levels)} levels, but the tree has {roots}, {branching} and {levels}; "
+                "get the file again, or remove it and write the manifest anew"
             )
+
+    def of_tree(self, branching: int) -> ClusterNames:
+        """The names of the tree's own clusters, without those of added memories."""
+        if len(self.levels[0]) <= branching:
+            return self
+        return ClusterNames(self.part(range(branching)))
+
+    def part(self, roots: range) -> list[list[str]]:
+        """The names below some clusters of level 1, level by level."""
+        total = len(self.levels[0])
+        below = [len(names) // total for names in self.levels]
+        return [
+            list(names[roots.start * size : roots.stop * size])
+            for names, size in zip(self.levels, below, strict=True)
+        ]
 
     @classmethod
     def load(cls, folder: str | Path) -> ClusterNames | None:
@@ -189,6 +214,7 @@ def name_tree(
     branching: int,
     levels: int,
     progress: Callable[[int], None] | None = None,
+    roots: int | None = None,
 ) -> ClusterNames | None:
     """Name the clusters of a tree by the documents in them.
 
@@ -198,13 +224,15 @@ def name_tree(
         branching: k of the tree.
         levels: how many levels get names, from :func:`named_levels`.
         progress: called with the number of clusters of the deepest level that are done.
+        roots: clusters of level 1; by default the branching.
 
     Returns:
         The names; a cluster without any word is called ``cluster 5``. None for 0 levels.
     """
     if levels < 1:
         return None
-    names = [[""] * branching**level for level in range(1, levels + 1)]
+    roots = branching if roots is None else roots
+    names = [[""] * (roots * branching ** (level - 1)) for level in range(1, levels + 1)]
     most = min(WORDS, max(64, _SHARED // branching))
 
     def visit(level: int, cluster: int) -> _Words:
@@ -217,7 +245,8 @@ def name_tree(
                 progress(cluster + 1)
         else:
             first = cluster * branching
-            children = [visit(level + 1, first + child) for child in range(branching)]
+            count = branching if level else roots
+            children = [visit(level + 1, first + child) for child in range(count)]
             for child in children:
                 words.add(child)
             for number, child in enumerate(children, first):

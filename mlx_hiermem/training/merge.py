@@ -22,7 +22,7 @@ from ..bank.checksums import CHECKSUMS
 from ..bank.dtypes import to_storage
 from ..bank.files import find
 from ..bank.header import build_header
-from ..bank.layout import CONFIG, GENERIC, GENERIC_TENSOR, shards
+from ..bank.layout import CONFIG, GENERIC, GENERIC_TENSOR, is_added_tree, shards
 from ..bank.manifest import MANIFEST, FileEntry, write_manifest
 from ..bank.reader import BlockReader
 from ..bank.verify import compute_digests
@@ -33,6 +33,7 @@ from ..files import AtomicFile
 from ..folders import anchor_files, check_new, copy_file, model_folder
 from ..memories import GENERIC as GENERIC_CLUSTER
 from ..memories import start_block
+from ..routing.names import NAMES
 from .agreement import Progress, check_anchor, find_routing, fingerprint, open_results
 from .subtree import SubtreeResult, read_rows
 
@@ -220,11 +221,14 @@ def _routing_files(folder: Path) -> list[str]:
         path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()
     ]
     bank = {CONFIG, GENERIC, MANIFEST}
+    if any(map(is_added_tree, names)):
+        bank.add(NAMES)  # some are of added memories
     return [
         name
         for name in names
         if name not in bank
         and not name.startswith("level-")
+        and not is_added_tree(name)
         and not any(part.startswith(".") for part in name.split("/"))
     ]
 

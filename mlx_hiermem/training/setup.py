@@ -295,6 +295,12 @@ def open_rows(
             f"{memory}: the bank is quantised ({reader.config.packing}); go on from the one that "
             "it was made from, or give --fresh-memory to start another"
         )
+    if reader.config.added:
+        names = ", ".join(one.name for one in reader.config.added)
+        raise TrainingError(
+            f"{memory}: has added memories ({names}), which a run would leave out; train the bank "
+            "without them and add them to the result, or give --fresh-memory to start another"
+        )
     routed = (memory / TREE).is_file()
     for name in ("kind", "ranks", "branching", "layers", *(["encoder"] if routed else [])):
         theirs, ours = getattr(reader.config, name), getattr(config, name)

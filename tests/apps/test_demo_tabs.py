@@ -17,6 +17,7 @@ from apps.demo import bank_tab, training_tab
 from apps.demo.bank_tab import Progress, UseCounter, Verification
 from mlx_hiermem.bank.reader import BlockReader
 from mlx_hiermem.bank.store import MemoryBank
+from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import FormatError, InputError
 from mlx_hiermem.routing.names import ClusterNames
 from mlx_hiermem.training.curves import LOG, Curves
@@ -222,7 +223,7 @@ def test_what_a_bank_holds(memory):
 
 
 def test_the_most_used_clusters_come_first_with_their_names():
-    counter = UseCounter(4, 2)
+    counter = UseCounter(MemoryConfig((1, 1), branching=4))
     names = ClusterNames([["a", EVIL, "c", "d"]])
     assert "No answer" in text_of(bank_tab.most_used(counter.uses(), names))
 
@@ -256,7 +257,10 @@ def test_the_most_used_clusters_come_first_with_their_names():
 def test_the_tabs_stand_on_a_page_and_pass_the_queue(memory, tmp_path):
     with MemoryBank.open(memory) as bank:
         report = bank.inspect()
-    counter, verification = UseCounter(4, 2), Verification(lambda: BlockReader(memory))
+    counter, verification = (
+        UseCounter(MemoryConfig((1, 1), branching=4)),
+        Verification(lambda: BlockReader(memory)),
+    )
     with gr.Blocks(analytics_enabled=False) as page:
         with gr.Tab("Training"):
             training_tab.build(tmp_path)

@@ -151,3 +151,12 @@ def test_whatever_comes_from_outside_is_text_and_the_picture_is_bounded(
     labels = {"".join(one.itertext()) for one in tree.iter() if one.get("class") == "hm-tree-name"}
     if name:
         assert labels == {"".join(one if one.isprintable() else " " for one in name)}
+
+
+def test_added_memories_stand_behind_the_others_at_level_one():
+    blocks = [BlockReport(1, 4, 8, 0.1, "disk"), BlockReport(2, 14, 8, 0.1, "disk")]
+    tree = draw((4, 14), blocks, branching=3, levels=2, roots=5)
+    found = [(int(n.get("data-level")), int(n.get("data-cluster"))) for n in nodes(tree)]
+    assert found == [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 12), (2, 13), (2, 14)]
+    lit = [n.get("data-cluster") for n in nodes(tree) if n.get("data-path") == "true"]
+    assert lit == ["4", "14"] and "of 15" in text(tree)

@@ -279,7 +279,8 @@ def test_config_that_is_unusable(bank, change):
     ("change", "message"),
     [
         ({"revision": "0" * 64}, "revision is '0000"),
-        ({"format_version": 2}, "format_version is 2, expected 1; update mlx_hiermem"),
+        ({"format_version": 3}, "format_version is 3, expected 1 or 2; update mlx_hiermem"),
+        ({"format_version": 2}, "format_version is 2, but its files are those of 1"),
         ({"files": []}, "files is not an object"),
         ({"more": 1}, "exactly format_version, revision and files"),
         ({"files": {"../secret": {"bytes": 1, "sha256": "0" * 64}}}, "names '../secret'"),

@@ -328,6 +328,7 @@ def test_inspect(tmp_path, make):
         "shards": 2,
         "tier": "disk",
         "blocked": 1,
+        "removed": 0,
         "present_bytes": 384,
         "why": "no budget: the page cache serves it",
         "folder": str(tmp_path),

@@ -15,8 +15,10 @@ ACTIONS = {
     "verify": "read every file of a bank and compare it with the manifest",
     "push": "publish a model with its bank on the Hub",
     "quantize": "write a bank again in fewer bits",
+    "add": "teach a bank new documents, in clusters of their own",
     "block": "switch blocks off, for everybody who opens the bank",
     "unblock": "switch blocks on again",
+    "remove": "remove blocks for good: their numbers are overwritten",
     "names": "name the clusters of a bank by telling words",
     "checksums": "give a bank the checksums of its blocks",
 }

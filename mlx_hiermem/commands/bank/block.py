@@ -28,11 +28,12 @@ def report(args: argparse.Namespace, block: bool = True) -> dict[str, Any]:
     """``{"folder", "revision", "revision_before", "blocked", "blocked_before"}``.
 
     Raises:
-        PathError: there is no such block.
+        PathError: there is no such block, or it was removed.
         FormatError, ConfigError: the bank is damaged or cannot be written. Nothing has changed
             then.
     """
     from ...bank.address import check_cluster, check_level
+    from ...bank.blocked import removed_error
     from ...bank.edit import BankEdit
     from ...errors import InputError
 
@@ -44,6 +45,8 @@ def report(args: argparse.Namespace, block: bool = True) -> dict[str, Any]:
         for level, cluster in args.blocks:
             level = check_level(edit.config, level)
             named.add((level, check_cluster(edit.config, level, cluster)))
+        for pair in sorted(named & before.removed):
+            raise removed_error(edit.folder, *pair)
         after = before | named if block else before - named
         edit.set_blocked(after)
     return {

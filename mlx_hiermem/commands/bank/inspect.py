@@ -129,6 +129,7 @@ def to_text(report: dict[str, Any]) -> str:
         f"{show_bytes(fetch_bytes)}, {_ratio(bank_bytes, fetch_bytes)} as much",
         _levels(report),
         f"{show_bytes(report['bytes_held'])} of at most {show_bytes(report['memory_budget'])} held",
+        *_added(report),
         *_elsewhere(report),
         *_blocked(report),
     ]
@@ -142,6 +143,15 @@ def to_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _added(report: dict[str, Any]) -> list[str]:
+    """The added memories, each with its clusters of level 1."""
+    found = []
+    for one in report["added"]:
+        last = one["first"] + one["roots"] - 1
+        found.append(f"{one['name']} ({one['first']}{f' to {last}' * (one['roots'] > 1)})")
+    return [f"added, with their clusters of level 1: {', '.join(found)}"] if found else []
+
+
 def _levels(report: dict[str, Any]) -> str:
     """The table with a row per level; some columns are there only if they say something."""
     levels = report["levels"]
@@ -149,7 +159,9 @@ def _levels(report: dict[str, Any]) -> str:
     used = report["uses"]["levels"] if "uses" in report else None
     header = ["level", "clusters", "rank", "numbers", "dtype", "block", "level bytes"]
     header += ["present"] * part
-    header += ["shards", "tier", "blocked"] + ["used"] * (used is not None) + ["why"]
+    removed = bool(report["removed"])
+    header += ["shards", "tier", "blocked"] + ["removed"] * removed
+    header += ["used"] * (used is not None) + ["why"]
     rows = []
     for row in levels:
         cells = [row["level"], f"{row['clusters']:,}", row["rank"], f"{row['block_size']:,}"]
@@ -157,6 +169,7 @@ def _levels(report: dict[str, Any]) -> str:
         cells += [show_bytes(row["total_bytes"])]
         cells += [show_bytes(row["present_bytes"])] * part
         cells += [row["shards"], row["tier"], f"{row['blocked']:,}"]
+        cells += [f"{row['removed']:,}"] * removed
         if used is not None:
             cells.append(f"{len(used[str(row['level'])]):,}")
         rows.append([*cells, row["why"]])
@@ -180,12 +193,20 @@ def _elsewhere(report: dict[str, Any]) -> list[str]:
 
 
 def _blocked(report: dict[str, Any]) -> list[str]:
-    pairs = [f"{level}:{cluster}" for level, cluster in report["blocked"]]
-    if not pairs:
-        return []
-    rest = len(pairs) - _NAMED
-    more = f" and {rest:,} more" if rest > 0 else ""
-    return [f"blocked (level:cluster): {', '.join(pairs[:_NAMED])}{more}"]
+    """What is blocked, what is removed, and whether that has come to its end."""
+    lines = []
+    for what in ("blocked", "removed"):
+        pairs = [f"{level}:{cluster}" for level, cluster in report[what]]
+        if pairs:
+            rest = len(pairs) - _NAMED
+            more = f" and {rest:,} more" if rest > 0 else ""
+            lines.append(f"{what} (level:cluster): {', '.join(pairs[:_NAMED])}{more}")
+    if report["removal_unfinished"]:
+        lines.append(
+            "a removal was stopped before its numbers were overwritten on the disk: any edit of "
+            "the bank brings it to its end, such as the same `bank remove` again"
+        )
+    return lines
 
 
 def _ratio(whole: int, part: int) -> str:

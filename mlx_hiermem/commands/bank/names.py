@@ -48,7 +48,9 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     names = _of_corpus(args.corpus, folder) if args.text is None else _of_text(args)
     with BankEdit(folder) as edit:
         before = edit.revision
-        names.check(edit.config.branching, edit.config.levels)
+        if args.text is None and edit.config.added:
+            names = _with_added(names, edit.config, folder)
+        names.check(edit.config.branching, edit.config.levels, edit.config.roots)
         edit.set_names(names.to_bytes())
     return {
         "folder": str(folder),
@@ -80,6 +82,21 @@ def _of_corpus(corpus: str, memory: Path) -> ClusterNames:
     return names
 
 
+def _with_added(names: ClusterNames, config: MemoryConfig, memory: Path) -> ClusterNames:
+    """Names of the tree's clusters, with those that the clusters of added memories have now."""
+    from ...routing.names import ClusterNames, unnamed
+
+    now, k = ClusterNames.load(memory), config.branching
+    levels = [list(level) for level in names.levels]
+    for level, found in enumerate(levels, 1):
+        last = config.roots * k ** (level - 1)
+        if now is None:
+            found += map(unnamed, range(len(found), last))
+        else:
+            found += [now.of(level, cluster) for cluster in range(len(found), last)]
+    return ClusterNames(levels)
+
+
 def _of_text(args: argparse.Namespace) -> ClusterNames:
     from ...evaluation.perplexity import read_documents
     from ...loading import load
@@ -97,7 +114,9 @@ def _of_text(args: argparse.Namespace) -> ClusterNames:
     members: dict[int, list[str]] = {}
     for text, leaf in zip(texts, leaves.tolist(), strict=True):
         members.setdefault(leaf // config.branching ** (config.levels - named), []).append(text)
-    names = name_tree(lambda cluster: members.get(cluster, []), config.branching, named)
+    names = name_tree(
+        lambda cluster: members.get(cluster, []), config.branching, named, roots=config.roots
+    )
     assert names is not None  # there is a level to name
     return names
 

@@ -44,7 +44,7 @@ def draw_text(uses: Uses, blocked: Blocked, encoding: str | None = "utf-8") -> l
         with more than 64 clusters at level 1 the busiest 64.
     """
     signs = _UNICODE if _can_show(encoding) else _ASCII
-    k, below = uses.branching, uses.branching ** (uses.levels - 1)  # leaves below each line
+    k, below = uses.roots, uses.branching ** (uses.levels - 1)  # leaves below each line
     clusters, counts = (array.tolist() for array in uses.at(1))
     per_cluster = dict(zip(clusters, counts, strict=True))
     shown = _busiest(per_cluster, k)
@@ -226,7 +226,7 @@ def figure(uses: Uses, report: dict[str, Any]) -> Figure:
     for row in report["levels"]:
         level = row["level"]
         _draw_level(axes, uses, level, colours)
-        _draw_blocked(axes, level, blocked.get(level, []), uses.branching**level)
+        _draw_blocked(axes, level, blocked.get(level, []), uses.clusters(level))
         state = {"none": ", no memory", "absent": ", absent"}.get(row["tier"], "")
         labels.append(f"level {level}{state}\n{row['clusters']:,} clusters")
     _frame(axes, uses, labels, small=height < 0.45)
@@ -244,7 +244,7 @@ def figure(uses: Uses, report: dict[str, Any]) -> Figure:
 
 
 def _title(uses: Uses, report: dict[str, Any]) -> str:
-    leaves = uses.branching**uses.levels
+    leaves = uses.clusters(uses.levels)
     title = (
         f"Use of the memory bank by {uses.total:,} {uses.what}\n"
         f"{len(uses.leaves):,} of {leaves:,} leaves used, the busiest by "
@@ -260,7 +260,7 @@ def _cells(uses: Uses, level: int) -> np.ndarray:
     """(n,) float64 uses at a level, NaN where none: of each cluster, or, where they are more than
     can be told apart, the most in each run of neighbours."""
     clusters, counts = uses.at(level)
-    total = uses.branching**level
+    total = uses.clusters(level)
     cells = np.zeros(min(total, _CELLS))
     np.maximum.at(cells, _place(clusters, total), counts)
     cells[cells == 0] = np.nan
@@ -285,13 +285,13 @@ def _draw_level(axes: Axes, uses: Uses, level: int, colours: Any) -> None:
     # Borders of the clusters, or of those above them that are not too many; those of level 1 stand
     # out, so that one sees what is below what.
     for one in range(level, 0, -1):
-        count = uses.branching**one
+        count = uses.clusters(one)
         if count <= _BORDERS:
             edges = np.arange(1, count) / count
             axes.vlines(edges, top, bottom, color=_LINE, linewidth=0.7 if count <= 32 else 0.25)
             break
-    if 1 < level and uses.branching <= 32:
-        edges = np.arange(1, uses.branching) / uses.branching
+    if 1 < level and uses.roots <= 32:
+        edges = np.arange(1, uses.roots) / uses.roots
         axes.vlines(edges, top, bottom, color=_INK, linewidth=0.9)
     axes.broken_barh(
         [(0, 1)],
@@ -301,7 +301,7 @@ def _draw_level(axes: Axes, uses: Uses, level: int, colours: Any) -> None:
         linewidth=0.7,
         clip_on=False,
     )
-    if uses.branching**level > _WRITTEN:
+    if uses.clusters(level) > _WRITTEN:
         return
     for place, value in enumerate(cells):
         if np.isfinite(value):
@@ -334,7 +334,7 @@ def _draw_blocked(axes: Axes, level: int, clusters: Sequence[int], total: int) -
 
 def _frame(axes: Axes, uses: Uses, labels: Sequence[str], small: bool) -> None:
     """Limits, ticks and labels; level 1 is on top."""
-    k = uses.branching
+    k = uses.roots
     axes.set_xlim(0, 1)
     axes.set_ylim(uses.levels, 0)
     axes.spines[:].set_visible(False)
@@ -348,7 +348,7 @@ def _frame(axes: Axes, uses: Uses, labels: Sequence[str], small: bool) -> None:
     size = "small" if small else None
     axes.set_yticks([level - 0.5 for level in range(1, uses.levels + 1)], texts, fontsize=size)
     axes.tick_params(length=0, colors=_INK)
-    if uses.branching**uses.levels > _CELLS:
+    if uses.clusters(uses.levels) > _CELLS:
         axes.text(
             0, -0.03, "Where clusters are too narrow to see, the colour is that of the busiest of "
             "the neighbours that share a place.", transform=axes.transAxes, va="top", color=_INK,

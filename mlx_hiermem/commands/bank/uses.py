@@ -34,6 +34,7 @@ class Uses:
         counts: (n,) int64, how often each of them is; at least 1.
         what: what was counted, such as "documents".
         source: where it came from, a file or folder.
+        added: clusters of level 1 that added memories have, behind the k of the tree.
     """
 
     branching: int
@@ -42,12 +43,24 @@ class Uses:
     counts: np.ndarray
     what: str
     source: str
+    added: int = 0
 
     @classmethod
-    def of(cls, branching: int, levels: int, leaves: Any, what: str, source: str) -> Uses:
+    def of(
+        cls, branching: int, levels: int, leaves: Any, what: str, source: str, added: int = 0
+    ) -> Uses:
         """From the leaf of each thing that was counted, in any order."""
         found, counts = np.unique(np.asarray(leaves, np.int64), return_counts=True)
-        return cls(branching, levels, found, counts.astype(np.int64), what, source)
+        return cls(branching, levels, found, counts.astype(np.int64), what, source, added)
+
+    @property
+    def roots(self) -> int:
+        """Clusters of level 1."""
+        return self.branching + self.added
+
+    def clusters(self, level: int) -> int:
+        """Clusters of ``level``."""
+        return self.roots * self.branching ** (level - 1)
 
     @property
     def total(self) -> int:
@@ -103,7 +116,9 @@ def of_questions(lm: MemoryLM, model: Path) -> Uses:
 def of_texts(lm: MemoryLM, texts: Sequence[str], what: str, source: str) -> Uses:
     """Texts, each routed through the model's encoder and tree; shows a progress bar."""
     config = lm.bank.config
-    return Uses.of(config.branching, config.levels, leaves_of(lm, texts, what), what, source)
+    leaves = leaves_of(lm, texts, what)
+    added = config.roots - config.branching
+    return Uses.of(config.branching, config.levels, leaves, what, source, added)
 
 
 def leaves_of(lm: MemoryLM, texts: Sequence[str], what: str) -> np.ndarray:
@@ -150,4 +165,5 @@ def of_corpus(folder: str | Path, config: MemoryConfig, memory: Path) -> Uses:
             "are others; give the corpus that the bank was trained on"
         )
     leaves = corpus.train.leaves
-    return Uses.of(info.branching, info.levels, leaves, "training sequences", str(corpus.folder))
+    what, added = "training sequences", config.roots - config.branching
+    return Uses.of(info.branching, info.levels, leaves, what, str(corpus.folder), added)
