@@ -1,0 +1,102 @@
+"""All benchmarks and studies: what each is about, and what the paper says of the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One script.
+
+    Attributes:
+        name: module below this folder, such as "fetch" or "studies.levels".
+        title: what it measures.
+        paper: which figure or table of the paper it is the counterpart of; "" for none.
+        says: what the paper says, in our words and with its figures.
+        arguments: for a run whose figures count, besides those that all have.
+        figure: whether it draws one (``--png``).
+        keeps: whether it takes ``--work``, where parts and results of training runs are kept.
+    """
+
+    name: str
+    title: str
+    paper: str = ""
+    says: str = ""
+    arguments: tuple[str, ...] = ()
+    figure: bool = True
+    keeps: bool = False
+
+    @property
+    def short(self) -> str:
+        """The name without the folder."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+def _study(name: str, title: str, paper: str = "", says: str = "", **more) -> Entry:
+    return Entry(f"studies.{name}", title, paper, says, **more)
+
+
+def _training(name: str, title: str, paper: str = "", says: str = "") -> Entry:
+    return _study(name, title, paper, says, keeps=True)
+
+
+#: What is measured as a ratio of times or bytes, side by side in one run.
+SPEED = (
+    Entry("fetch", "Fetching a path", "section 5, loading",
+          "On a hypothetical machine: hierarchical 38 ms, a flat bank of the same fetch size "
+          "198 ms; after a topic change 47 ms against 198 ms."),
+    Entry("decode", "Decoding with a memory, and changing it", figure=False),
+    Entry("ffn_forms", "A branch, or wider matrices", figure=False),
+    Entry("train_step", "A training step", "section 3",
+          "Training the 160M anchor with its bank takes under 1.7 times the compute of the anchor.",
+          figure=False),
+    Entry("convert", "Converting a bank", figure=False),
+    Entry("quantize", "Quantised banks", figure=False),
+    Entry("serve", "Serving requests with different memories", arguments=("--soak", "1000"),
+          figure=False),
+    Entry("refetch", "A topic that changes in mid-conversation"),
+)  # fmt: skip
+
+#: What the paper shows, and what it left open, on the atlas.
+STUDIES = (
+    _study("frequency", "Accuracy by how often a fact was trained", "figure 1",
+           "Rarest bucket of the atomic numbers, 1.4B: 17 % without, 83 % with fetched memory."),
+    _training("kinds", "Kinds of memory", "figure 3a",
+              "FFN memories are the best of five kinds at every size."),
+    _training("levels", "Levels of the tree", "figure 3b",
+              "At one fetch size deeper levels are better."),
+    _training("sizes", "Sizes of a fetch", "figures 3c and 3d", "A bigger fetch is better."),
+    _training("bank_sizes", "Fetch against bank", "figure 4a",
+              "A bigger fetch and a bigger bank are each strictly better."),
+    _training("shares", "Memory against anchor at one size at run time", "figure 4b",
+              "A fetched memory of about a tenth of the anchor is best."),
+    _training("learning", "Learning curves, frozen and co-trained", "figure 6a",
+              "Co-training is ahead of memories on a frozen anchor."),
+    _study("blocking", "Blocking parts of the bank", "figure 6b",
+           "Blocking the best-matching 1/16 of the bank: 70 % to 20 %."),
+    _training("regimes", "Regimes of training", "table 1",
+              "SK, generic to fetched: co-trained 35.7 to 40.3, frozen 34.7 to 39.2, from scratch "
+              "33.8 to 39.6; without memory 34.1."),
+    _study("rag", "Against retrieval", "table 3",
+           "At equal retrieval RAG costs 1.7 to 2.3 times the FLOPs, memory 1.1 times, and memory "
+           "scores higher."),
+    _training("tokens", "Tokens for each parameter of the bank", "figure 7"),
+    _training("placement", "Layers with memory", "table 9",
+              "Uniform and late are equally good; late is best on atomic numbers, early worst."),
+    _study("wrong_path", "What a wrong path costs"),
+    _training("agreement", "Do questions arrive where their facts were trained"),
+    _study("prompts", "Prompts that are shortened or misspelt"),
+    _study("beams", "Two nearest leaves instead of one"),
+    _training("shapes", "Other trees"),
+    _study("anchor", "A bank moved to another anchor"),
+    _study("add_knowledge", "Adding knowledge, against LoRA"),
+    _study("leakage", "What is left of removed knowledge"),
+)  # fmt: skip
+
+ALL = (*SPEED, *STUDIES)
+
+
+def find(name: str) -> Entry | None:
+    """The entry of this name, with or without its folder."""
+    return next((one for one in ALL if name in (one.name, one.short)), None)
