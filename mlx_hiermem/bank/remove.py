@@ -62,12 +62,18 @@ def subtree(config: MemoryConfig, root: int) -> frozenset[Pair]:
     )
 
 
-def plan(reader: BlockReader, blocks: Iterable[Pair] = (), subtrees: Iterable[int] = ()) -> Removal:
+def plan(
+    reader: BlockReader,
+    blocks: Iterable[Pair] = (),
+    subtrees: Iterable[int] = (),
+    again: bool = False,
+) -> Removal:
     """What a removal would remove.
 
     Args:
         blocks: pairs (level, cluster).
         subtrees: clusters of level 1, each with all that is below it.
+        again: whether all of it may have been removed before.
 
     Raises:
         PathError: there is no such block or cluster.
@@ -81,7 +87,7 @@ def plan(reader: BlockReader, blocks: Iterable[Pair] = (), subtrees: Iterable[in
     if not found:
         raise InputError("no block is named; give --block LEVEL:CLUSTER or --subtree CLUSTER")
     rest = found - reader.blocked.removed
-    if not rest:
+    if not rest and not again:
         raise InputError(
             f"{reader.folder}: nothing to remove: what was named has been removed already"
         )
@@ -96,11 +102,12 @@ def remove(
     names: Callable[[Path, Collection[Pair]], bytes | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     step: Callable[[str], None] | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Remove blocks from the bank in ``folder``.
 
     Args:
-        blocks, subtrees: as in :func:`plan`.
+        blocks, subtrees, again: as in :func:`plan`.
         names: given the folder and the clusters that were named, the new file of names, or None to
             keep it; the old one is overwritten like the blocks.
         progress, step: as in :class:`BankEdit`.
@@ -116,7 +123,7 @@ def remove(
     """
     with BankEdit(folder, progress, step) as edit:
         before = edit.revision
-        removal = plan(edit.reader, blocks, subtrees)
+        removal = plan(edit.reader, blocks, subtrees, again)
         edit.remove_blocks(removal.blocks)
         data = None if names is None else names(edit.folder, removal.clusters)
         if data is not None:

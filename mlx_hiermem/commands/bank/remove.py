@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="FOLDER", help="model folder whose bank is edited, in memory/"
     )
     parser.add_argument("--bank", metavar="FOLDER", help="memory folder, in place of --model")
-    # `--name NAME`, an added memory as a whole, has its place here.
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--block",
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLUSTER",
         help="clusters of level 1, each with all that is below it",
     )
+    what.add_argument("--name", metavar="NAME", help="an added memory, with its clusters")
     parser.add_argument("--yes", action="store_true", help="do not ask; needed without a terminal")
     parser.set_defaults(revision=None, levels=None, subtrees=None)
 
@@ -71,28 +71,51 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _remove(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    from ...bank.extend import drop
     from ...bank.remove import remove
     from . import progress_bytes
 
+    name = args.name
+    roots = args.roots if name is None else _roots_of(folder, name)
+    again = name is not None  # its numbers may be gone already, where this was stopped before
     if not args.yes:
-        _ask(folder, args)
+        _ask(folder, args.blocks, roots, again)
     with progress_bytes(0, "remove") as bar:
 
         def progress(total: int, count: int) -> None:
             bar.total = total
             bar.update(count)
 
-        return remove(folder, args.blocks, args.roots, names_without, progress)
+        found = remove(folder, args.blocks, roots, names_without, progress, again=again)
+        if name is not None:
+            found |= {"revision": drop(folder, name, progress), "name": name}
+        return found
 
 
-def _ask(folder: Path, args: argparse.Namespace) -> None:
+def _roots_of(folder: Path, name: str) -> list[int]:
+    """The clusters of level 1 that an added memory has."""
+    from ...bank.reader import BlockReader
+
+    reader = BlockReader(folder)
+    try:
+        known = reader.config.added_roots()
+    finally:
+        reader.close()
+    if name not in known:
+        raise InputError(
+            f"{folder}: has no added memory {name}; it has {', '.join(known) or 'none'}"
+        )
+    return list(known[name])
+
+
+def _ask(folder: Path, blocks: list[tuple[int, int]], roots: list[int], again: bool) -> None:
     """Raise InputError unless somebody agrees."""
     from ...bank.reader import BlockReader
     from ...bank.remove import plan
 
     reader = BlockReader(folder)
     try:
-        removal = plan(reader, args.blocks, args.roots)
+        removal = plan(reader, blocks, roots, again)
     finally:
         reader.close()
     what = f"{describe(removal)} of {folder}"
@@ -141,6 +164,8 @@ def to_text(report: dict[str, Any]) -> str:
     from .inspect import show_bytes
 
     names = "; names of these clusters are blank now" if report["names_changed"] else ""
+    if "name" in report:
+        names = f"; there is no memory {report['name']} any more"
     return (
         f"{report['folder']}: {_blocks(report['levels'], show_bytes(report['bytes']))} removed and "
         f"overwritten{names}; revision {report['revision'][:12]}\n"
