@@ -49,7 +49,14 @@ def study(name, tmp_path, *arguments):
     return code, json.loads((tmp_path / "rows.json").read_text())["rows"]
 
 
-@pytest.mark.parametrize("name", STUDIES)
+#: Which cover all regimes, columns and figures; the others are alike, and take a minute together.
+FAST = ("levels", "regimes", "learning")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in STUDIES],
+)
 def test_a_smoke_run(name, tmp_path, work, capsys):
     code, rows = study(name, tmp_path, "--smoke", "--work", str(work))
     assert code == 0
