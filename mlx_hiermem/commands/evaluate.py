@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import InputError
-from ..files import AtomicFile
 from .options import add_model_arguments
 
 #: Task -> its module, and what it measures.
@@ -67,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--output {output}: expected the name of a file in a folder that exists")
     result, text = _module(args.task).run(args)
     if output is not None:
+        from ..files import AtomicFile
+
         with AtomicFile(output.parent, output.name) as file:
             file.write(f"{json.dumps(result, indent=2)}\n".encode())
     print(json.dumps(result) if args.json else text)
