@@ -9,10 +9,10 @@ demo: $(VENV)/.demo
 	$(BIN)/mlx_hiermem demo
 
 test: $(VENV)/.dev browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.dev browser
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ It is whole: anchor, tokenizer, encoder, tree, bank and manifest are the real fo
 - tokens are bytes, so any text can be its prompt;
 - only letters, digits and signs of ASCII have rows in the output head, so what it writes is text
   that the tokenizer turns back into the same tokens (without spaces, which mlx-lm's detokenizer
-  drops at the start), and it never ends by itself;
+  drops at the start), and a greedy answer never ends by itself; at a temperature one may;
 - the blocks are large enough for each memory to change what is written.
 """
 

@@ -7,7 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,13 +99,17 @@ class Served:
 
     def until(self, name: str, value: float) -> None:
         """Wait until a number of ``/metrics`` is at least ``value``."""
-        while self.metric(name) < value:
-            assert self.process.poll() is None, self.log
+        self._until(name, lambda number: number >= value)
 
     def until_is(self, name: str, value: float) -> None:
         """Wait until a number of ``/metrics`` is ``value``."""
-        while self.metric(name) != value:
+        self._until(name, lambda number: number == value)
+
+    def _until(self, name: str, fits: Callable[[float], bool]) -> None:
+        end = time.monotonic() + LONG
+        while not fits(number := self.metric(name)):
             assert self.process.poll() is None, self.log
+            assert time.monotonic() < end, f"{name} stays {number:g}"
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         """Send a signal."""

@@ -226,7 +226,7 @@ def test_many_at_once_are_not_mixed_up(client):
 
 def _send(served: Served, **body: Any) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=LONG)
-    given = {"prompt": "gold is", "max_tokens": 200, **body}
+    given = {"prompt": "gold is", "max_tokens": 200, "temperature": 0, **body}
     connection.request(
         "POST", "/v1/completions", json.dumps(given), {"content-type": "application/json"}
     )
