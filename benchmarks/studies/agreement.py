@@ -4,6 +4,8 @@
 by its whole text and a question by the question, and does not measure whether both arrive at the
 same leaf. Here each encoder and each way to route documents trains memories of its own. Rows, for
 encoder E and views V: ``agreement.landed@E-V``, ``agreement.facts@E-V``.
+
+``--bert MODEL`` adds a BERT, such as the paper's sentence-transformers/all-MiniLM-L6-v2.
 """
 
 from __future__ import annotations
@@ -20,18 +22,30 @@ from .training.task import Task
 NAME = "agreement"
 
 #: As in ``training/routes.py``, which needs MLX.
-ENCODERS = ("sif", "mean", "hidden")
+ENCODERS = ("sif", "mean", "hidden", "trained")
 VIEWS = ("prompt", "text", "once")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    runs.options(parser)
+    parser.add_argument(
+        "--bert", metavar="MODEL", help="besides the others: a BERT encoder, a folder or Hub repo"
+    )
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """All rows."""
+    encoders = {name: name for name in ENCODERS}
+    if args.smoke:
+        encoders = {name: name for name in ("sif", "trained")}
+    if args.bert:
+        encoders["bert"] = f"bert:{args.bert}"
     tasks = [
-        Task(f"{encoder}-{views}", STEPS, RATE, encoder=encoder, views=views)
-        for encoder in ENCODERS
-        for views in VIEWS
+        Task(f"{label}-{views}", STEPS, RATE, encoder=encoder, views=views)
+        for label, encoder in encoders.items()
+        for views in (VIEWS[:1] if args.smoke else VIEWS)
     ]
-    found = runs.study(args, tasks[:2] if args.smoke else tasks)
+    found = runs.study(args, tasks)
     print(
         report.show(
             "encoder-views",
@@ -67,4 +81,4 @@ def landed(line: Line) -> Spread:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(NAME, measure, options=runs.options))
+    raise SystemExit(main(NAME, measure, options=options))

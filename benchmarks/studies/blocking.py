@@ -1,7 +1,8 @@
 """Accuracy as more and more of the bank is blocked: the paper's figure 6b.
 
 ``python -m benchmarks.studies.blocking``. Blocked are N of the k
-subtrees of level 1, each with all that is below it: N/k of the bank. Rows, for N from 0 to k:
+subtrees of level 1 (and of what was added to the bank), each with all that is below it: N/k of the
+bank. Rows, for N from 0 to k:
 
 - ``blocking.accuracy@nearest-N``: the N subtrees that are nearest to the question; what is blocked
   reads as zeros. At N = 1 the best-matching 1/k of the bank is blocked, as in the paper;
@@ -53,7 +54,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         curves, single = measure_all(study, args.seed)
         about = f"{len(study.questions)} questions" + (f" of {args.family}" if args.family else "")
         print(f"{study.home.name}: {about}; {backend_name()}", end="\n\n")
-        k = study.tree.branching
+        k = study.tree.roots
         means = {
             name: [mean(values, args.seed) for values in curve] for name, curve in curves.items()
         }
@@ -93,7 +94,7 @@ def measure_all(
     twice, with its path open and blocked, and the curves of one memory are put together from that.
     """
     lm, tree, pairs, paths = study.lm, study.tree, study.pairs, study.paths
-    k, vectors = tree.branching, lm.encoder.encode([prompt for prompt, _ in pairs])
+    k, vectors = tree.roots, lm.encoder.encode([prompt for prompt, _ in pairs])
     near = children(tree, vectors, np.zeros(len(pairs), np.int64), 1).argsort(1, kind="stable")
 
     def blocked(path: tuple[int, ...]):

@@ -183,8 +183,8 @@ def _choose(lm: MemoryLM, questions: Sequence[Any], paths: Any) -> list[Topic]:
     from mlx_hiermem.bank.remove import subtree
 
     config = lm.bank.config
-    roots = np.bincount(paths[:, 0], minlength=config.branching)
-    root = int(np.argsort(roots, kind="stable")[config.branching // 2])
+    roots = np.bincount(paths[:, 0], minlength=config.roots)
+    root = int(np.argsort(roots, kind="stable")[config.roots // 2])
     alone = [
         path[-1]
         for question, path in zip(questions, paths.tolist(), strict=True)

@@ -14,12 +14,17 @@ from benchmarks.studies.training.parts import Parts, settings
 from benchmarks.studies.training.report import Spread
 from benchmarks.studies.training.routes import HiddenEncoder, Way, find_encoder, routed_texts
 from benchmarks.studies.training.task import Anchor, Result, Score, Task
+from benchmarks.studies.training.trained_encoder import of_vectors, train_encoder
 from benchmarks.studies.training.worker import Run
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.engine import MemoryLM
+from mlx_hiermem.errors import ConfigError
 from mlx_hiermem.memories import GENERIC, attach
+from mlx_hiermem.routing.bert import BertEncoder
+from mlx_hiermem.routing.embeddings import embedding_table
 from mlx_hiermem.training.trainer import Trainer
+from tests.corpus.corpora import make_tiny_bert
 
 TASK = Task("a", 3, 1e-2, ranks=(2, 4), questions=12)
 
@@ -226,6 +231,40 @@ def test_ways_lead_to_where_their_documents_lie(parts):
         assert int(ids[0, -1]) in routed.leaves[document.fact_index]
     again = parts.routed(way)
     assert np.array_equal(again.corpus.leaves, routed.corpus.leaves)
+
+
+def test_a_trained_encoder_brings_wordings_together(parts):
+    start, table = find_encoder("sif", parts.lm), embedding_table(parts.lm.model.anchor)
+    from apps.atlas.corpus import fact_documents
+    from apps.atlas.facts import facts
+
+    views = [
+        [(one.prompt, one.text) for one in fact_documents(index)]
+        for index in range(0, len(facts()), 40)
+    ]
+
+    def met(encoder):
+        """The share of prompts that are nearest to a text of their own fact, of another wording."""
+        prompts = encoder.encode([view[0][0] for view in views])
+        texts = encoder.encode([view[3][1] for view in views])
+        return ((prompts @ texts.T).argmax(axis=1) == np.arange(len(views))).mean()
+
+    vectors = train_encoder(start, table, views, steps=20)
+    untrained = of_vectors(train_encoder(start, table, views, steps=0), start)
+    texts = ["gold is", "Iron, of course", "what is the weight of lead?"]
+    np.testing.assert_allclose(untrained.encode(texts), start.encode(texts), atol=1e-5)
+    assert met(of_vectors(vectors, start)) > met(start) + 0.05
+    assert np.array_equal(train_encoder(start, table, views, steps=20), vectors)
+    assert not np.array_equal(train_encoder(start, table, views, seed=1, steps=20), vectors)
+
+
+def test_a_bert_routes_if_it_is_given(parts, tmp_path):
+    folder = make_tiny_bert(tmp_path / "bert")
+    way = Way(4, 1, encoder=f"bert:{folder}")
+    assert "/" not in way.name
+    assert isinstance(find_encoder(way.encoder, parts.lm), BertEncoder)
+    with pytest.raises(ConfigError):
+        find_encoder("bert:nowhere/to/be/found", parts.lm)
 
 
 def test_the_hidden_encoder_is_a_mean_over_tokens(parts):

@@ -29,7 +29,7 @@ STUDIES = {
         "A1-none", "A2-co-trained", "A3-frozen", "A4-from-scratch", "B3-larger-frozen",
     },
     "tokens": {"4-100"},
-    "agreement": {"sif-prompt", "sif-text"},
+    "agreement": {"sif-prompt", "trained-prompt"},
     "shapes": {"4-1", "4-2"},
 }  # fmt: skip
 
@@ -43,7 +43,8 @@ def work(tmp_path_factory):
 def study(name, tmp_path, *arguments):
     module = import_module(f"benchmarks.studies.{name}")
     given = ["--json", str(tmp_path / "rows.json"), "--png", str(tmp_path / "figure.png")]
-    code = main(module.NAME, module.measure, [*given, *arguments], runs.options)
+    options = getattr(module, "options", runs.options)
+    code = main(module.NAME, module.measure, [*given, *arguments], options)
     if code:
         return code, None
     return code, json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -13,9 +13,18 @@ NO_CLUSTER = -1
 
 
 def children(tree: ClusterTree, vectors: np.ndarray, parents: np.ndarray, level: int) -> np.ndarray:
-    """L2 distances from vectors (N, c) to the k children, at ``level``, of parents (N,): (N, k)."""
-    offset = tree.centroids[level - 1].reshape(-1, tree.branching, tree.width)[parents]
+    """L2 distances from vectors (N, c) to the children, at ``level``, of parents (N,): (N, count).
+
+    The root has ``tree.roots`` children, all others k.
+    """
+    count = child_count(tree, level)
+    offset = tree.centroids[level - 1].reshape(-1, count, tree.width)[parents]
     return np.sqrt(np.square(offset - vectors[:, None]).sum(-1))
+
+
+def child_count(tree: ClusterTree, level: int) -> int:
+    """How many children, at ``level``, a parent has: k; the root's are all of level 1."""
+    return tree.roots if level == 1 else tree.branching
 
 
 def complete(
@@ -56,12 +65,12 @@ def wrong_clusters(
         trained: per question the leaves in which its fact was trained.
 
     Returns:
-        (N, k - 1) int64; ``NO_CLUSTER`` at the end of a row that has fewer.
+        (N, children - 1) int64; ``NO_CLUSTER`` at the end of a row that has fewer.
     """
     k, p = tree.branching, tree.levels
     parents = paths[:, level - 2] if level > 1 else np.zeros(len(paths), np.int64)
     order = children(tree, vectors, parents, level).argsort(1, kind="stable")
-    found = np.full((len(paths), k - 1), NO_CLUSTER)
+    found = np.full((len(paths), order.shape[1] - 1), NO_CLUSTER)
     for row, path, parent, near, leaves in zip(found, paths, parents, order, trained, strict=True):
         known = {leaf // k ** (p - level) for leaf in leaves} | {int(path[level - 1])}
         wrong = [k * parent + child for child in near.tolist() if k * parent + child not in known]
@@ -91,7 +100,8 @@ def second_paths(tree: ClusterTree, vectors: np.ndarray, paths: np.ndarray) -> n
     k, p = tree.branching, tree.levels
     beam = np.zeros((len(paths), 1), np.int64)  # the root
     for level in range(1, p + 1):
-        clusters = (k * beam[:, :, None] + np.arange(k)).reshape(len(paths), -1)
+        below = np.arange(child_count(tree, level))
+        clusters = (k * beam[:, :, None] + below).reshape(len(paths), -1)
         far = np.concatenate(
             [children(tree, vectors, parents, level) for parents in beam.T], axis=1
         )

@@ -6,6 +6,7 @@ it is made of. All need MLX, so nothing here is imported by the process that han
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from mlx_hiermem.evaluation.facts import CONTROL_FILE, QUESTIONS_FILE, load_cont
 from mlx_hiermem.evaluation.questions import Question, read_questions
 from mlx_hiermem.memories import detach
 from mlx_hiermem.models import find_model
+from mlx_hiermem.routing.embeddings import EmbeddingEncoder, embedding_table
 from mlx_hiermem.routing.encoder import Encoder
 from mlx_hiermem.routing.grow import grow
 from mlx_hiermem.routing.tree import ClusterTree
@@ -35,6 +37,7 @@ from mlx_hiermem.training.trainer import Trainer
 
 from .routes import Way, find_encoder, routed_texts
 from .task import Anchor, Task
+from .trained_encoder import of_vectors, train_encoder
 
 
 def anchor_name(anchor: Anchor, seed: int) -> str:
@@ -136,7 +139,7 @@ class Parts:
 
     def routed(self, way: Way) -> Routed:
         """The corpus under a tree, each document where its way of routing brings it."""
-        encoder = find_encoder(way.encoder, self.lm)
+        encoder = self._encoder(way.encoder)
         tree = self._tree(way, encoder)
         path = self.work / f"{way.name}-leaves.npy"
         found = list(documents(self.recipe.corpus))
@@ -153,6 +156,21 @@ class Parts:
         for one, where in zip(found, of_document, strict=True):
             leaves[one.fact_index].add(where)
         return Routed(encoder, tree, corpus, [sorted(one) for one in leaves])
+
+    def _encoder(self, name: str) -> Encoder:
+        if name != "trained":
+            return find_encoder(name, self.lm)
+        start = find_encoder("sif", self.lm)
+        assert isinstance(start, EmbeddingEncoder)
+        path = self.work / "encoder-trained.npy"
+        if not path.exists():
+            views = [
+                [(one.prompt, one.text) for one in fact_documents(i)]
+                for i in range(len(all_facts()))
+            ]
+            with _whole(path) as partial, partial.open("wb") as file:
+                np.save(file, train_encoder(start, embedding_table(self.lm.model.anchor), views))
+        return of_vectors(np.load(path), start)
 
     def _tree(self, way: Way, encoder: Encoder) -> ClusterTree:
         if way == Way():
@@ -186,7 +204,8 @@ class Parts:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A name to write a file under that gets its own when it is whole."""
-    partial = path.with_name(f"partial-{path.name}")
+    # Two processes may make the same; the extension stays, since some savers add their own.
+    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     yield partial
     partial.replace(path)
 

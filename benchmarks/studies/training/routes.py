@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,12 +13,16 @@ import numpy as np
 
 from apps.atlas.corpus import Document
 from mlx_hiermem.engine import MemoryLM
+from mlx_hiermem.routing.bert import BertEncoder
 from mlx_hiermem.routing.embeddings import EmbeddingEncoder, embedding_table
 from mlx_hiermem.routing.encoder import Encoder
 
 #: Encoders: the atlas's own (weighted token embeddings without their common components); the plain
-#: mean of the same embeddings; the mean of the anchor's last hidden states.
-ENCODERS = ("sif", "mean", "hidden")
+#: mean of the same embeddings; the mean of the anchor's last hidden states; token vectors that were
+#: trained to bring wordings together (``trained_encoder.py``). "bert:MODEL" is a BERT besides.
+ENCODERS = ("sif", "mean", "hidden", "trained")
+BERT = "bert:"
+LONGEST = 64  # tokens of a text that a BERT reads; the atlas's are of one sentence
 
 #: What of a document is routed: its own prompt, the answer left out; its whole text, as the paper
 #: does; or, for all documents of a fact together, the whole text of the first of them.
@@ -29,7 +35,7 @@ class Way:
 
     Attributes:
         branching, levels: k and p of the tree.
-        encoder: one of ``ENCODERS``.
+        encoder: one of ``ENCODERS``, or ``BERT`` and a folder or repo.
         views: one of ``VIEWS``.
     """
 
@@ -41,11 +47,12 @@ class Way:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"tree-{self.branching}-{self.levels}-{self.encoder}-{self.views}"
+        encoder = re.sub(r"[^\w.-]+", "_", self.encoder)
+        return f"tree-{self.branching}-{self.levels}-{encoder}-{self.views}"
 
 
 def find_encoder(name: str, lm: MemoryLM) -> Encoder:
-    """The encoder of this name, on the atlas that ships."""
+    """The encoder of this name, on the atlas that ships; not the one that has to be trained."""
     if name == "sif":
         assert lm.encoder is not None
         return lm.encoder
@@ -55,6 +62,9 @@ def find_encoder(name: str, lm: MemoryLM) -> Encoder:
         return EmbeddingEncoder(table, lm.tokenizer, ones, none)
     if name == "hidden":
         return HiddenEncoder(lm)
+    if name.startswith(BERT):
+        model = name.removeprefix(BERT)
+        return BertEncoder.load(folder=Path.cwd(), model=model, max_length=LONGEST)
     raise ValueError(f"encoder {name!r}: expected one of {', '.join(ENCODERS)}")
 
 
