@@ -55,7 +55,6 @@ SPEED = (
     Entry("quantize", "Quantised banks", figure=False),
     Entry("serve", "Serving requests with different memories", arguments=("--soak", "1000"),
           figure=False),
-    Entry("refetch", "A topic that changes in mid-conversation"),
 )  # fmt: skip
 
 #: What the paper shows, and what it left open, on the atlas.
@@ -88,6 +87,7 @@ STUDIES = (
     _training("agreement", "Do questions arrive where their facts were trained"),
     _study("prompts", "Prompts that are shortened or misspelt"),
     _study("beams", "Two nearest leaves instead of one"),
+    Entry("refetch", "A topic that changes in mid-conversation"),
     _training("shapes", "Other trees"),
     _study("anchor", "A bank moved to another anchor"),
     _study("add_knowledge", "Adding knowledge, against LoRA"),

@@ -79,12 +79,52 @@ def _best_share(values: Values) -> bool:
     return 5 <= float(best.rstrip("%")) <= 20
 
 
+def _rarer_gains_more(values: Values) -> bool:
+    buckets = sorted({int(one.split("-")[0]) for one in _labels(values, "frequency.facts")})
+    return rising(
+        [
+            values[f"frequency.facts@{bucket}-fetched"]
+            - values[f"frequency.facts@{bucket}-generic"]
+            for bucket in buckets
+        ]
+    )
+
+
+def _rarest_elements_gain(values: Values) -> bool:
+    rarest = max(int(one.split("-")[0]) for one in _labels(values, "frequency.atomic"))
+    found = {one: values[f"frequency.atomic@{rarest}-{one}"] for one in ("fetched", "generic")}
+    return found["fetched"] > found["generic"]
+
+
+def _blocking_takes_most(values: Values) -> bool:
+    whole, blocked, none = (
+        values[f"blocking.accuracy@{one}"] for one in ("nearest-0", "nearest-1", "none")
+    )
+    return whole > none and blocked - none < (whole - none) / 2
+
+
 def _sk(values: Values, label: str) -> float:
     return values[f"regimes.SK@{label}"]
 
 
 #: Study -> claims of the paper.
 CLAIMS: dict[str, tuple[Claim, ...]] = {
+    "train_step": (
+        Claim(
+            "a step with memories takes less than 1.7 times the anchor's own",
+            lambda v: max(v["train.frozen_vs_anchor"], v["train.cotrain_vs_anchor"]) < 1.7,
+        ),
+    ),
+    "frequency": (
+        Claim(
+            "the rarer a fact, the more fetched memory adds to what generic memory gives",
+            _rarer_gains_more,
+        ),
+        Claim(
+            "the atomic numbers of the rarest elements: fetched memory is ahead of generic",
+            _rarest_elements_gain,
+        ),
+    ),
     "kinds": (
         Claim("FFN memories are the best kind at every size", _ffn_is_best),
         Claim("memories in the FFN are ahead of those in the attention", _attention_is_behind),
@@ -112,6 +152,12 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             lambda v: v["learning.facts@co-trained"] > v["learning.facts@frozen"],
         ),
     ),
+    "blocking": (
+        Claim(
+            "blocking the best-matching 1/16 of the bank takes most of what memory adds",
+            _blocking_takes_most,
+        ),
+    ),
     "regimes": (
         Claim(
             "co-training is the best regime on specific knowledge",
@@ -126,6 +172,23 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
                 min(_sk(v, label) for label in ("A2-co-trained", "A3-frozen", "A4-from-scratch"))
                 > _sk(v, "A1-none")
             ),
+        ),
+    ),
+    "rag": (
+        Claim(
+            "memory scores higher than documents in the context",
+            lambda v: (
+                v["rag.accuracy@memory"]
+                > max(v["rag.accuracy@bare+rag1"], v["rag.accuracy@bare+rag3"])
+            ),
+        ),
+        Claim(
+            "memory costs about 1.1 times the operations",
+            lambda v: 1.05 <= v["rag.flops@memory"] <= 1.15,
+        ),
+        Claim(
+            "one document costs 1.7 to 2.3 times the operations",
+            lambda v: 1.7 <= v["rag.flops@bare+rag1"] <= 2.3,
         ),
     ),
     "placement": (

@@ -4,8 +4,7 @@
 one) into a folder of its own, measures, and removes them.
 
 Notable: "cold" reads are of blocks whose pages were dropped from the page cache (Linux), and no
-    block is
-read cold twice. The paper's figure 5 is measured with ``benchmarks/fetch_media.py``.
+block is read cold twice. The paper's figure 5 is measured with ``benchmarks/fetch_media.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from mlx_hiermem.config import MemoryConfig  # noqa: E402
 
 from . import fetch_bank, fetch_figure  # noqa: E402
 from .fetch_media import Medium  # noqa: E402
-from .harness import (  # noqa: E402  # noqa: E402
+from .harness import (  # noqa: E402
     Row,
     in_fresh_process,
     interleave,

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.files import AtomicFile
 
-from .catalogue import STUDIES, Entry
+from .catalogue import ALL, STUDIES, Entry
 from .claims import verdicts
 from .run import about, printed, read_results
 
@@ -19,6 +19,7 @@ Every figure and table of the paper has its counterpart here, on the atlas: the 
 and runs that train memories on its corpus (8,710 facts, asked in a wording that no training text
 has). It is three orders of magnitude smaller than the paper's models, so what can agree is which
 way things go, not by how much. Runs that train have three seeds; ± is half of the range over them.
+"Agrees" is said of the means: where the ranges of two lines overlap, their order may be chance.
 
 Made by `python -m benchmarks run --studies --out DIR` and `python -m benchmarks results DIR`.
 """
@@ -37,8 +38,8 @@ def write_results(folder: Path, docs: Path) -> None:
         InputError: the folder holds no results of studies, or those of a smoke run.
     """
     found = read_results(folder)
-    entries = [entry for entry in STUDIES if entry.short in found]
-    if not entries:
+    entries = [entry for entry in ALL if entry.short in found and (entry.paper or entry in STUDIES)]
+    if not any(entry in STUDIES for entry in entries):
         raise InputError(f"{folder}: holds no results of studies; run `python -m benchmarks run`")
     if smoke := [entry.short for entry in entries if found[entry.short]["smoke"]]:
         raise InputError(f"{folder}: {smoke[0]} is of a smoke run, whose values say nothing")

@@ -128,6 +128,8 @@ def _two(folder):
 def test_results_stand_beside_the_paper(tmp_path):
     write(tmp_path / "run", "levels", LEVELS, text="level  facts %\n1  10.0")
     write(tmp_path / "run", "sizes", {"sizes.facts@1": 0.2, "sizes.facts@2": 0.1})
+    write(tmp_path / "run", "fetch", {"fetch.warm_vs_pread": 1.0})
+    write(tmp_path / "run", "decode", {"decode.memory_vs_anchor": 0.9})
     docs = tmp_path / "docs"
     assert main(["results", str(tmp_path / "run"), "--docs", str(docs)]) == 0
     page = (docs / "results.md").read_text()
@@ -137,7 +139,8 @@ def test_results_stand_beside_the_paper(tmp_path):
     assert "level  facts %\n1  10.0" in page and "## Levels of the tree" in page
     assert "![Levels of the tree](images/results/levels.png)" in page
     assert (docs / "images" / "results" / "levels.png").read_bytes() == PNG
-    assert page.index("## Levels") < page.index("## Sizes")
+    assert page.index("## Fetching") < page.index("## Levels") < page.index("## Sizes")
+    assert "Decoding" not in page  # of which the paper says nothing
     assert read_results(tmp_path / "run")["levels"]["commit"] in page
 
 
@@ -146,6 +149,21 @@ def test_a_smoke_run_does_not_get_into_the_docs(tmp_path, capsys):
     docs = tmp_path / "docs"
     assert main(["results", str(tmp_path / "run"), "--docs", str(docs)]) == 2
     assert "levels is of a smoke run" in capsys.readouterr().err and not docs.exists()
+
+
+FREQUENCY = {
+    f"frequency.facts@{bucket}-{what}": share
+    for bucket, (generic, fetched) in enumerate(((0.9, 0.95), (0.5, 0.8), (0.1, 0.7)))
+    for what, share in (("generic", generic), ("fetched", fetched))
+} | {
+    f"frequency.atomic@{bucket}-{what}": share
+    for bucket in (0, 1)
+    for what, share in (("generic", 0.1), ("fetched", 0.2))
+}
+RAG = {
+    "rag.accuracy@memory": 0.9, "rag.accuracy@bare+rag1": 0.5, "rag.accuracy@bare+rag3": 0.2,
+    "rag.flops@memory": 1.1, "rag.flops@bare+rag1": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -175,6 +193,18 @@ def test_a_smoke_run_does_not_get_into_the_docs(tmp_path, capsys):
         ("regimes", {f"regimes.SK@{k}": v for k, v in
                      (("A1-none", 0.1), ("A2-co-trained", 0.5), ("A3-frozen", 0.4),
                       ("A4-from-scratch", 0.05))}, [True, False]),
+        ("frequency", FREQUENCY, [True, True]),
+        ("frequency", FREQUENCY | {"frequency.facts@2-generic": 0.7}, [False, True]),
+        ("frequency", FREQUENCY | {"frequency.atomic@1-generic": 0.3}, [True, False]),
+        ("blocking", {f"blocking.accuracy@{k}": v for k, v in
+                      (("nearest-0", 0.7), ("nearest-1", 0.2), ("none", 0.15))}, [True]),
+        ("blocking", {f"blocking.accuracy@{k}": v for k, v in
+                      (("nearest-0", 0.7), ("nearest-1", 0.5), ("none", 0.15))}, [False]),
+        ("train_step", {"train.frozen_vs_anchor": 1.2, "train.cotrain_vs_anchor": 1.6}, [True]),
+        ("train_step", {"train.frozen_vs_anchor": 1.2, "train.cotrain_vs_anchor": 1.8}, [False]),
+        ("rag", RAG, [True, True, True]),
+        ("rag", RAG | {"rag.accuracy@bare+rag3": 0.95}, [False, True, True]),
+        ("rag", RAG | {"rag.flops@memory": 1.3, "rag.flops@bare+rag1": 2.5}, [True, False, False]),
     ],
 )  # fmt: skip
 def test_claims_hold_or_not(study, values, expected):
