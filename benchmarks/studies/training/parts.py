@@ -141,21 +141,27 @@ class Parts:
         """The corpus under a tree, each document where its way of routing brings it."""
         encoder = self._encoder(way.encoder)
         tree = self._tree(way, encoder)
-        path = self.work / f"{way.name}-leaves.npy"
-        found = list(documents(self.recipe.corpus))
+        path = self.work / f"{way.name}-leaves.npz"
         if not path.exists():
+            found = list(documents(self.recipe.corpus))
             texts = routed_texts(way.views, found)
             distinct = sorted(set(texts))
             ids, _ = tree.assign(encoder.encode(distinct))
             leaf = dict(zip(distinct, ids[:, -1].tolist(), strict=True))
             with _whole(path) as partial:
-                np.save(partial, np.array([leaf[text] for text in texts]))
-        of_document = np.load(path).tolist()
-        corpus = self._packed(way.name, of_document)
-        leaves: list[set[int]] = [set() for _ in all_facts()]
-        for one, where in zip(found, of_document, strict=True):
-            leaves[one.fact_index].add(where)
-        return Routed(encoder, tree, corpus, [sorted(one) for one in leaves])
+                np.savez(
+                    partial,
+                    leaves=[leaf[text] for text in texts],
+                    facts=[one.fact_index for one in found],
+                )
+        with np.load(path) as arrays:
+            of_document, of_fact = arrays["leaves"], arrays["facts"]
+        corpus = self._packed(way.name, of_document.tolist())
+        # Pairs (fact, leaf), each once, in order.
+        pairs = np.unique(np.stack([of_fact, of_document], axis=1), axis=0)
+        starts = np.searchsorted(pairs[:, 0], np.arange(1, len(all_facts())))
+        leaves = [part.tolist() for part in np.split(pairs[:, 1], starts)]
+        return Routed(encoder, tree, corpus, leaves)
 
     def _encoder(self, name: str) -> Encoder:
         if name != "trained":

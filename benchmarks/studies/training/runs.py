@@ -30,7 +30,7 @@ from .task import Result, Task
 #: Optimizer steps of a run, and its peak learning rate (the atlas's own is 1e-2).
 STEPS, RATE = 400, 1e-2
 #: Runs of one label, and questions that each is asked.
-SEEDS, QUESTIONS = 3, 2000
+SEEDS, QUESTIONS = 3, 1000
 #: Of ``--smoke``.
 SMOKE_STEPS, SMOKE_QUESTIONS = 2, 24
 
