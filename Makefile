@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint format atlas screenshots clean system browser
+.PHONY: demo test slow soak fuzz lint format atlas screenshots clean system browser
 
 demo: $(VENV)/.demo
 	$(BIN)/mlx_hiermem demo
@@ -13,6 +13,15 @@ test: $(VENV)/.dev browser
 
 slow: $(VENV)/.dev browser
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# What docs/reliability.md says. SHARE=0.01 is quick.
+SHARE := 1
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/reliability -m soak --share $(SHARE) --timeout 0
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/reliability -m fuzz --share $(SHARE) --timeout 0
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
