@@ -1,4 +1,4 @@
-"""The dispatcher, its exit codes, what it leaves unimported, the doctor, and the fast BLAS."""
+"""The dispatcher, its exit codes, what it leaves unimported, and the fast BLAS."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import mlx_hiermem
-from mlx_hiermem import backend, cli, models
-from mlx_hiermem.commands import doctor
+from mlx_hiermem import backend, cli
 from mlx_hiermem.errors import InputError
 
 HEAVY = {"mlx.core", "mlx_lm", "numpy", "transformers", "gradio", "torch"}
@@ -163,51 +162,6 @@ def test_import_of_the_package_is_light():
     loaded = modules_after("import mlx_hiermem")
     assert not HEAVY & loaded
     assert not [name for name in loaded if name.startswith("mlx_hiermem.")]
-
-
-def test_doctor_as_json():
-    output = subprocess.run(
-        [sys.executable, "-m", "mlx_hiermem", "doctor", "--json"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    report = json.loads(output)
-    assert report["device"]["backend"] in ("metal", "cuda", "cpu")
-    assert report["device"]["gflops"] > 0
-    assert report["device"]["memory"]["system"] > 2**28
-    assert report["versions"]["mlx_hiermem"] == mlx_hiermem.__version__
-    assert set(doctor.PACKAGES) < set(report["versions"])
-    assert report["blas"]["gflops"] > 0
-    slow = report["blas"]["library"] == "of the MLX wheel"
-    assert (report["blas"]["remedy"] is not None) == slow
-
-
-def test_doctor_as_text(capsys):
-    assert cli.main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    for word in ("backend", "GFLOP/s", "memory", "mlx-lm", mlx_hiermem.__version__):
-        assert word in text
-
-
-def test_doctor_says_how_to_mend_a_slow_matmul(monkeypatch):
-    slow = {"library": "of the MLX wheel", "gflops": 4.4, "remedy": backend.REMEDY}
-    monkeypatch.setattr(doctor, "blas_facts", lambda: slow)
-    monkeypatch.setattr(
-        doctor, "device_facts", lambda: {"backend": "cpu", "memory": {}, "device": "x"}
-    )
-    advice = doctor.diagnose()["advice"]
-    assert any("4.4 GFLOP/s" in line and "libopenblas0-pthread" in line for line in advice)
-
-
-def test_shipped_models_are_found_with_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_ASSETS", tmp_path)
-    assert doctor.model_sizes() == {}
-    folder = tmp_path / "atlas" / "memory"
-    folder.mkdir(parents=True)
-    (tmp_path / "atlas" / "config.json").write_bytes(b"12345")
-    (folder / "generic.safetensors").write_bytes(b"123")
-    assert doctor.model_sizes() == {"atlas": 8}
 
 
 def test_preloaded_blas_is_the_one_that_mlx_uses():
