@@ -9,16 +9,16 @@ side, one processor each.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .workers import processes
 
 if TYPE_CHECKING:
     from mlx_hiermem.engine import MemoryLM
@@ -77,31 +77,16 @@ def run_all(
     folder = Path(tempfile.mkdtemp(prefix="leakage-"))
     twins = [Twin(seed, saw, steps) for seed in seeds for saw in (True, False)]
     try:
-        with _threads(max(1, (os.cpu_count() or 1) // max(1, jobs))):
-            documents = SMOKE_DOCUMENTS if smoke else None
-            _each(_prepare, [(str(folder), documents, limit)], min(1, jobs), "corpus")
-            _each(_train, [(str(folder), asdict(twin)) for twin in twins], jobs, "run")
-            found = _each(
-                _measure, [(str(folder), seed, candidates) for seed in seeds], jobs, "measured"
-            )
+        documents = SMOKE_DOCUMENTS if smoke else None
+        _each(_prepare, [(str(folder), documents, limit)], min(1, jobs), "corpus")
+        _each(_train, [(str(folder), asdict(twin)) for twin in twins], jobs, "run")
+        found = _each(
+            _measure, [(str(folder), seed, candidates) for seed in seeds], jobs, "measured"
+        )
         topics = _topics(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return topics, dict(zip(seeds, found, strict=True))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Processors of a worker; the BLAS reads it when it is loaded."""
-    known = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = str(count)
-    try:
-        yield
-    finally:
-        if known is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = known
 
 
 def _each(
@@ -113,8 +98,7 @@ def _each(
 
     if jobs == 0:
         return [function(*call) for call in calls]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(calls)), context) as pool:
+    with processes(min(jobs, len(calls))) as pool:
         futures = [pool.submit(function, *call) for call in calls]
         with tqdm(total=len(calls), unit=unit, disable=None) as bar:
             for future in as_completed(futures):

@@ -82,7 +82,7 @@ def test_options_make_the_runs():
 def test_results_are_kept_and_found_again(tmp_path, monkeypatch):
     task = replace(TASK, steps=1)
     (first,) = runs.run_all([task], 1, tmp_path)
-    monkeypatch.setattr(runs, "_pool", None)  # nothing is run any more
+    monkeypatch.setattr(runs, "processes", None)  # nothing is run any more
     relabelled = replace(task, label="other")
     found = runs.run_all([relabelled, task], 1, tmp_path)
     assert [one.task.label for one in found] == ["other", "a"]

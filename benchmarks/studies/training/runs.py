@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.files import AtomicFile
 
+from ..workers import processes
 from . import report
 from .report import Line
 from .task import Result, Task
@@ -136,7 +137,8 @@ def _run_all(tasks: Sequence[Task], jobs: int | None, work: Path) -> list[Result
         (work / "partial").mkdir(exist_ok=True)
         jobs = min(jobs or os.cpu_count() or 1, max(len(missing), 1))
         try:
-            with _pool(jobs) as (pool, counter):
+            counter = multiprocessing.get_context("spawn").Value("q", 0)
+            with processes(jobs, _begin, counter) as pool:
                 calls = _shared(list(missing.values()), work)
                 steps = sum(count for _, _, count in calls)
                 steps += sum(_steps(task) for task in missing.values())
@@ -185,28 +187,6 @@ def _wait(futures: Sequence[Any]) -> None:
 
 #: In a worker: the steps done by all, which the parent's bar shows.
 _counter: Any = None
-
-
-@contextmanager
-def _pool(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    """Processes with one share of the processors each."""
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    # Read by the BLAS when a worker loads it.
-    known = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    try:
-        with ProcessPoolExecutor(jobs, context, _begin, (counter,)) as pool:
-            try:
-                yield pool, counter
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        if known is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = known
 
 
 def _begin(counter: Any) -> None:
