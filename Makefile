@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow soak fuzz lint format atlas screenshots clean system browser
+.PHONY: demo test slow soak fuzz lint types format docs lock audit wheel-check atlas screenshots \
+	clean system browser
 
 demo: $(VENV)/.demo
 	$(BIN)/mlx_hiermem demo
@@ -27,9 +28,29 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, into build/site.
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+# The wheel in an empty environment: every subcommand, and an answer.
+wheel-check:
+	$(PYTHON) -m tests.wheel_check
+
+# Renews the pins that `make test` installs.
+lock: $(VENV)/.dev
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+	  --custom-compile-command "make lock" --no-annotate -o requirements-dev.lock
+
+# Known weaknesses of what is pinned; asks the package index.
+audit: $(VENV)/.dev
+	$(BIN)/pip-audit --requirement requirements-dev.lock --no-deps --disable-pip
 
 # Trains the model that ships from nothing and writes it to mlx_hiermem/assets/atlas.
 atlas: $(VENV)/.dev
@@ -47,8 +68,8 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install -e .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install -e '.[dev]'
+$(VENV)/.dev: pyproject.toml requirements-dev.lock | $(BIN)/pip
+	$(BIN)/pip install -e '.[dev]' -c requirements-dev.lock
 	@touch $@
 
 $(BIN)/pip: | system
