@@ -240,6 +240,18 @@ def main(
     return 0
 
 
+def model_option(parser: argparse.ArgumentParser) -> None:
+    """``--model``, of a script that asks a model's held-out questions."""
+    from mlx_hiermem.commands.options import DEFAULT_MODEL
+
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="PATH_OR_REPO",
+        help="model with held-out questions (default: %(default)s)",
+    )
+
+
 def machine() -> dict[str, Any]:
     """What it ran on."""
     import mlx.core as mx

@@ -27,7 +27,6 @@ import numpy as np  # noqa: E402  (after the BLAS)
 from tqdm import tqdm  # noqa: E402
 
 from mlx_hiermem import load, scoring  # noqa: E402
-from mlx_hiermem.commands.options import DEFAULT_MODEL  # noqa: E402
 from mlx_hiermem.commands.tables import table  # noqa: E402
 from mlx_hiermem.engine import MemoryLM  # noqa: E402
 from mlx_hiermem.evaluation import facts  # noqa: E402
@@ -35,7 +34,15 @@ from mlx_hiermem.evaluation.questions import Question, read_questions  # noqa: E
 from mlx_hiermem.models import find_model  # noqa: E402
 
 from . import fetch_bank  # noqa: E402
-from .harness import Row, Times, interleave, main, ratio, show_seconds  # noqa: E402
+from .harness import (  # noqa: E402
+    Row,
+    Times,
+    interleave,
+    main,
+    model_option,
+    ratio,
+    show_seconds,
+)
 from .quantize_banks import Bank, Fetches, Reading, make_banks  # noqa: E402
 
 NAME = "quantize"
@@ -46,12 +53,7 @@ _AT_ONCE = 32
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH_OR_REPO",
-        help="model with held-out questions (default: %(default)s)",
-    )
+    model_option(parser)
     parser.add_argument(
         "--limit", type=int, metavar="N", help="only N of its questions, evenly drawn"
     )

@@ -30,7 +30,6 @@ import numpy as np  # noqa: E402  (after the BLAS)
 from tqdm import tqdm  # noqa: E402
 
 from mlx_hiermem import load  # noqa: E402
-from mlx_hiermem.commands.options import DEFAULT_MODEL  # noqa: E402
 from mlx_hiermem.commands.tables import table  # noqa: E402
 from mlx_hiermem.conversation import KeptCache  # noqa: E402
 from mlx_hiermem.engine import Memory, MemoryLM  # noqa: E402
@@ -42,7 +41,7 @@ from mlx_hiermem.refetch import KV_CACHES, WINDOW, Refetch  # noqa: E402
 from mlx_hiermem.scoring import Scored, score_answer  # noqa: E402
 
 from . import refetch_documents  # noqa: E402
-from .harness import Row, main  # noqa: E402
+from .harness import Row, main, model_option  # noqa: E402
 from .refetch_documents import Document  # noqa: E402
 
 NAME = "refetch"
@@ -56,12 +55,7 @@ _BIN = 8
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH_OR_REPO",
-        help="model with held-out questions (default: %(default)s)",
-    )
+    model_option(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="of the anchor's training; 0: none")
     parser.add_argument(
         "--sentences", type=int, default=5, metavar="N", help="about each topic (default: 5)"

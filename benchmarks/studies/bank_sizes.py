@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from ..harness import Row, main
 from .levels import BRANCHING, LEVELS, RANK, at_level
 from .training import report, runs
-from .training.report import FACTS, PERPLEXITY, Curve, Line
+from .training.report import Line
 from .training.runs import RATE, STEPS
 from .training.task import Task
 
@@ -40,20 +40,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         report.show("rank-level", found, {"facts per block": lambda line: f"{per_block(line):.0f}"})
     )
     if args.png:
-        by_fetch: dict[int, list[Line]] = {}
-        for line in found:
-            by_fetch.setdefault(line.first.fetch_size, []).append(line)
-        panels = {
-            name: [
-                Curve(
-                    f"{size:,} fetched", [one.first.bank_size for one in some],
-                    [read(one) for one in some],
-                )
-                for size, some in by_fetch.items()
-            ]
-            for name, read in ((FACTS, Line.facts), (PERPLEXITY, Line.perplexity))
-        }  # fmt: skip
-        report.draw_curves(args.png, "bank size (numbers)", panels)
+        report.draw_groups(
+            args.png, "bank size (numbers)", found,
+            lambda line: f"{line.first.fetch_size:,} fetched", lambda line: line.first.bank_size,
+        )  # fmt: skip
     yield from report.rows(NAME, found)
 
 

@@ -14,7 +14,6 @@ from mlx_hiermem.config import KINDS
 
 from ..harness import Row, main
 from .training import report, runs
-from .training.report import FACTS, PERPLEXITY, Curve, Line
 from .training.runs import RATE, STEPS
 from .training.task import Task
 
@@ -49,19 +48,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     found = runs.study(args, tasks)
     print(report.show("kind", found))
     if args.png:
-        by_kind: dict[str, list[Line]] = {}
-        for line in found:
-            by_kind.setdefault(line.first.task.kind, []).append(line)
-        panels = {
-            FACTS: [_curve(kind, some, Line.facts) for kind, some in by_kind.items()],
-            PERPLEXITY: [_curve(kind, some, Line.perplexity) for kind, some in by_kind.items()],
-        }
-        report.draw_curves(args.png, "fetch size (numbers)", panels)
+        report.draw_groups(
+            args.png, "fetch size (numbers)", found,
+            lambda line: line.first.task.kind, lambda line: line.first.fetch_size,
+        )  # fmt: skip
     yield from report.rows(NAME, found)
-
-
-def _curve(kind: str, some: list[Line], what) -> Curve:
-    return Curve(kind, [line.first.fetch_size for line in some], [what(line) for line in some])
 
 
 if __name__ == "__main__":

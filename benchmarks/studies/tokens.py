@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from ..harness import Row, main
 from .training import report, runs
-from .training.report import FACTS, PERPLEXITY, Curve, Line
+from .training.report import Line
 from .training.runs import RATE
 from .training.task import Task
 
@@ -38,20 +38,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         )
     )
     if args.png:
-        by_bank: dict[int, list[Line]] = {}
-        for line in found:
-            by_bank.setdefault(line.first.bank_size, []).append(line)
-        panels = {
-            name: [
-                Curve(
-                    f"bank of {size:,}", [per_parameter(one) for one in some],
-                    [read(one) for one in some],
-                )
-                for size, some in by_bank.items()
-            ]
-            for name, read in ((FACTS, Line.facts), (PERPLEXITY, Line.perplexity))
-        }  # fmt: skip
-        report.draw_curves(args.png, "tokens ÷ parameters of the bank", panels)
+        report.draw_groups(
+            args.png, "tokens ÷ parameters of the bank", found,
+            lambda line: f"bank of {line.first.bank_size:,}", per_parameter,
+        )  # fmt: skip
     yield from report.rows(NAME, found)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_hiermem import load, scoring
-from mlx_hiermem.commands.options import DEFAULT_MODEL
 from mlx_hiermem.commands.tables import table
 from mlx_hiermem.engine import MemoryLM
 from mlx_hiermem.errors import InputError
@@ -26,7 +25,7 @@ from mlx_hiermem.evaluation.questions import Question, read_questions
 from mlx_hiermem.models import find_model
 from mlx_hiermem.routing.tree import ClusterTree
 
-from ...harness import Row
+from ...harness import Row, model_option
 
 #: Questions of a smoke run.
 SMOKE = 16
@@ -35,12 +34,7 @@ _SAMPLES = 1000
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The options of every study, beside ``--smoke`` and ``--json``."""
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH_OR_REPO",
-        help="model with held-out questions (default: %(default)s)",
-    )
+    model_option(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="ask only N questions, evenly drawn")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figure here")

@@ -186,6 +186,32 @@ def draw_curves(
     _save(figure, path)
 
 
+def draw_groups(
+    path: Path,
+    x_name: str,
+    found: Sequence[Line],
+    group: Callable[[Line], str],
+    x: Callable[[Line], float],
+) -> None:
+    """Facts and perplexity over x, a curve for each group of lines.
+
+    Args:
+        group: the name of a line's curve.
+        x: where a line is on it.
+    """
+    groups: dict[str, list[Line]] = {}
+    for line in found:
+        groups.setdefault(group(line), []).append(line)
+    panels = {
+        name: [
+            Curve(label, [x(one) for one in some], [read(one) for one in some])
+            for label, some in groups.items()
+        ]
+        for name, read in ((FACTS, Line.facts), (PERPLEXITY, Line.perplexity))
+    }
+    draw_curves(path, x_name, panels)
+
+
 def draw_scores(path: Path, found: Sequence[Line]) -> None:
     """A bar for each line, of facts and of perplexity; all have one anchor."""
     none = found[0].first.scores["none"]
