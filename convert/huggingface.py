@@ -23,7 +23,7 @@ from mlx_hiermem.bank.dtypes import all_finite
 from mlx_hiermem.bank.files import find
 from mlx_hiermem.bank.parts import Part
 from mlx_hiermem.errors import FormatError, HierMemError, InputError
-from mlx_hiermem.folders import OTHERS, WEIGHTS, anchor_files, copy_file
+from mlx_hiermem.folders import OTHERS, WEIGHTS, Originals, anchor_files
 from mlx_hiermem.models import find_model
 from mlx_hiermem.quantization import MODES
 from mlx_hiermem.shapes import shown
@@ -74,14 +74,15 @@ def convert_huggingface(
     """
     _check_options(dtype, quantize, q_bits, q_group_size, q_mode)
     source = find_model(path_or_repo, revision, Part(levels=()))  # a bank is not wanted
+    files = Originals(source, anchor_files(source))
     config, weights = inspect(source)
     check_finite(source, weights)
     has_tokenizer = bool(tokenizer_files(source))
     if dtype is None and not quantize and is_mlx(source, weights):
-        names = anchor_files(source)
+        names = files.names
         for name in names:
             find(source, name)
-            copy_file(source / name, folder, name, progress)
+            files.copy(name, folder, progress)
         if not has_tokenizer and tokenizer is not None:
             names += copy_tokenizer(tokenizer, folder)
         return names

@@ -252,22 +252,22 @@ def _sizes(request: Request, plan: Conversion) -> None:
         report.bytes_written += plan.anchor.nbytes
     if plan.routing is not None:
         report.bytes_written += plan.routing.nbytes
-    if config is None:
+    if config is None or plan.bank is None:
         return
     clusters = sum(config.clusters(level) for level in config.memory_levels)
     generic = sum(config.block_bytes(level) for level in config.memory_levels)
     report.bytes_written += plan.bank_bytes + generic + clusters * SIZE
     if request.dry_run and report.problem is None:
-        report.seconds = _trial(plan) * (plan.bank_bytes + plan.anchor.nbytes)
+        report.seconds = _trial(plan.bank, plan.packing) * (plan.bank_bytes + plan.anchor.nbytes)
 
 
-def _trial(plan: Conversion) -> float:
+def _trial(bank: BankPlan, packing: Quantization | None) -> float:
     """Seconds per byte that is written: a part of the bank is read, packed and hashed."""
-    config = plan.bank.config
-    packer = None if plan.packing is None else Packer(config, plan.packing)
+    config = bank.config
+    packer = None if packing is None else Packer(config, packing)
     level = max(config.memory_levels, key=lambda one: config.ranks[one - 1] * config.clusters(one))
     started, done = time.perf_counter(), 0
-    for chunk in BlockRows(plan.bank).level(level, 0, min(config.clusters(level), 64)):
+    for chunk in BlockRows(bank).level(level, 0, min(config.clusters(level), 64)):
         if packer is not None:
             chunk = packer.pack(chunk, f"level {level}")
         # Once for the file, once for the blocks, and once in place of writing.

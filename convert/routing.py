@@ -56,6 +56,8 @@ class BankRouting:
         if TREE not in files:
             ClusterTree(self.tree.centroids, self.encoder).save(memory / TREE)
             written[TREE] = FileEntry(*hash_file(memory, TREE))
+        if self.ours is None:
+            return written
         for name, entry in files.items():
             copied = copy_file(find(self.ours.folder, name), memory, name)
             written[name] = FileEntry(copied.size, copied.sha256)

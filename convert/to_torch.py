@@ -121,9 +121,9 @@ def to_torch(
                 where |= write_stacked(reader, target, lambda n: tell("bank", size, n))
                 total += size
                 _write_json(target, DESCRIPTION, description(config))
-                for name in (TREE, config.encoder.get("file")):
-                    if isinstance(name, str) and name in reader.manifest.files:
-                        copy_file(reader.real_path(name), target, name)
+                for file in (TREE, config.encoder.get("file")):
+                    if isinstance(file, str) and file in reader.manifest.files:
+                        copy_file(reader.real_path(file), target, file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         _write_json(target, INDEX, index)
     return Exported(out, len(where), total, args is not None, has_bank)

@@ -119,18 +119,20 @@ def verify(
     model = anchor if bank is None else attach(anchor, bank.config)
     dtype = compute_dtype(anchor)
     memories: list[tuple[str, Joined | None, mx.array | None]] = [("none", None, None)]
-    if bank is not None:
+    if bank is not None and rows is not None:
         memories.append(("generic", joined(rows, None), bank.generic().joined))
         for path in paths(bank.config):
             name = "path " + ",".join(map(str, path))
             memories.append((name, joined(rows, path), bank.fetch(path).joined))
     differences = []
     for name, theirs, ours in memories:
-        options = {} if ours is None else {"memory": ours[None].astype(dtype)}
+        memory = None if ours is None else ours[None].astype(dtype)
         pairs = []
         for tokens in prompts:
-            found = model(mx.array(tokens)[None], **options)[0].astype(mx.float32)
-            pairs.append((np.array(found), reference.logits(tokens, theirs)))
+            inputs = mx.array(tokens)[None]
+            # A bare anchor takes no memory.
+            found = model(inputs) if memory is None else model(inputs, memory=memory)
+            pairs.append((np.array(found[0].astype(mx.float32)), reference.logits(tokens, theirs)))
             if progress is not None:
                 progress(len(memories) * len(prompts), 1)
         differences.append(_difference(name, pairs))

@@ -34,7 +34,7 @@ def preload_blas() -> bool:
         Whether OpenBLAS was loaded. False, silently, on other systems, without OpenBLAS, or
         when ``mlx.core`` is imported already and so bound to its own BLAS.
     """
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
+    if sys.platform != "linux" or "mlx.core" in sys.modules or not _has_room_for_openblas():
         return False
     for name in OPENBLAS:
         try:
@@ -43,6 +43,18 @@ def preload_blas() -> bool:
             continue
         return True
     return False
+
+
+def _has_room_for_openblas() -> bool:
+    """Whether the address space of this process is not limited to little (``ulimit -v``).
+
+    OpenBLAS before 0.3.30 waits forever for the 128 MiB of each thread if it cannot have them.
+    """
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    needed = (4 << 30) + (os.cpu_count() or 1) * (128 << 20)
+    return limit == resource.RLIM_INFINITY or limit >= needed
 
 
 def keep_freed_memory() -> bool:

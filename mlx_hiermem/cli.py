@@ -10,11 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from . import __version__
 from .backend import preload_blas
-from .errors import HierMemError
+from .errors import HierMemError, of_the_machine
 
 #: Every subcommand with its one-line summary, in the order of ``--help``.
 COMMANDS = {
@@ -42,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; the process's own by default.
 
     Returns:
-        The exit code: 0 done, 2 bad input (a :class:`HierMemError`), 130 interrupted, 1 a fault
-        of ours. argparse leaves with ``SystemExit(2)`` on wrong use by itself.
+        The exit code: 0 done, 2 bad input (a :class:`HierMemError`) or a machine without the
+        memory or the disk for it, 130 interrupted, 1 a fault of ours. argparse leaves with
+        ``SystemExit(2)`` on wrong use by itself.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Taken out here, so that it may stand anywhere, after a nested subcommand too.
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HierMemError as error:
         if debug:
             raise
-        return _report(str(error), EXIT_USAGE)
+        return _report(of_the_machine(error) or str(error), EXIT_USAGE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if (reason := of_the_machine(error)) is not None:
+            return _report(reason, EXIT_USAGE)
         text = f"{type(error).__name__}: {error}"
         return _report(f"{text} (a fault of ours; --debug shows where)", EXIT_FAULT)
 
@@ -81,6 +86,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     subparsers = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
     # No option before the subcommand takes a value, so the first bare word is the subcommand.
     chosen = next((argument for argument in argv if not argument.startswith("-")), None)
+    if not argv:
+        parser.error(f"no subcommand is given; --help tells of {', '.join(COMMANDS)}")
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary}.")
         if name == chosen:
@@ -88,7 +95,31 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             command = import_module(f"{__package__}.commands.{name}")
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(subparsers.choices[args.command], args, unknown)
+    return args
+
+
+def _refuse(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, unknown: list[str]
+) -> NoReturn:
+    """Leave with what is unknown to a subcommand, and what may have been meant."""
+    options: list[str] = []
+    nested: argparse.ArgumentParser | None = parser
+    while nested is not None:  # a subcommand may have actions with options of their own
+        parser, nested = nested, None
+        for action in parser._actions:
+            options += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                nested = action.choices.get(getattr(args, action.dest))
+    names = [text.partition("=")[0] for text in unknown]
+    close = [name for text in names for name in get_close_matches(text, options, 1)]
+    meant = f"did you mean {', '.join(close)}? " if close else ""
+    parser.error(
+        f"unrecognized arguments: {' '.join(unknown)}; {meant}`{parser.prog} --help` lists the "
+        "options"
+    )
 
 
 def _report(text: str, code: int) -> int:

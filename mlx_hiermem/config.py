@@ -391,8 +391,12 @@ class MemoryConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write ``memory/config.json`` (not atomically: ``bank.layout`` does that for a bank)."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write ``memory/config.json``, whole or not at all."""
+        from .files import AtomicFile  # which loads NumPy, and the help of a command does not
+
+        path = Path(path)
+        with AtomicFile(path.parent, path.name) as file:
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
 def _unknown_version(version: Any) -> ConfigError:

@@ -6,15 +6,16 @@ of the KV cache is what a turn's tokens begin with, compared token by token, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_lm.models.cache import trim_prompt_cache
 
 from .errors import FormatError
+from .owner import owned
 from .refetch import Refetch, memory_key
 
 if TYPE_CHECKING:
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 
     from .engine import Fetched, MemoryLM, Response
     from .memories import MemoryModel
+
+
+class HasTokenizer(Protocol):
+    """What has a tokenizer of mlx-lm."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """It."""
 
 
 class KeptCache:
@@ -124,13 +133,18 @@ class Conversation:
         """Whether turns know of the turns before."""
         return self.lm.tokenizer.has_chat_template
 
+    def check_thread(self) -> None:
+        """Raise ThreadError in another thread than the one that the model belongs to."""
+        self.lm.check_thread()
+
+    @owned
     def answer(
         self,
         text: str,
         max_tokens: int = 256,
         sampler: Callable[[mx.array], mx.array] | None = None,
         **options: Any,
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         """Say something; the answer comes piece by piece, as from ``MemoryLM.stream``.
 
         The turn is part of the conversation once its last piece was taken; an answer that is broken
@@ -152,10 +166,11 @@ class Conversation:
             )
             return
         messages = [*self.messages, {"role": "user", "content": text}]
-        stays = self.refetch.when == "never" and self.memory == "fetched" and self._path
+        stays = self.refetch.when == "never" and self.memory == "fetched" and bool(self._path)
+        memory = (self._path if stays else None) or self.memory
         pieces = self.lm.stream(
             chat_tokens(self.lm, messages),
-            self._path if stays else self.memory,
+            memory,
             max_tokens,
             sampler,
             route_on=text,
@@ -177,12 +192,13 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget the conversation, its memory and its KV cache."""
+        self.check_thread()
         self.messages = []
         self.kept.clear()
         self._path = None
 
 
-def chat_tokens(lm: MemoryLM, messages: Sequence[dict[str, str]]) -> list[int]:
+def chat_tokens(lm: HasTokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
     """The tokens of a conversation under the tokenizer's chat template.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .bank.address import check_block
 from .bank.report import FetchedMemory, FetchReport
 from .bank.store import MemoryBank
 from .errors import FormatError, InputError
+from .owner import Owner, owned
 from .refetch import DEFAULT_KV_CACHE, Answer, Refetch
 from .routing.encoder import Encoder
 from .routing.tree import ClusterPath, ClusterTree
@@ -107,7 +108,9 @@ class MemoryLM:
         context_length: the longest context in tokens, prompt and answer together, or None when
             the anchor's config does not say.
 
-    MLX arrays belong to the thread that makes them, so use one ``MemoryLM`` from one thread.
+    MLX arrays belong to the thread that makes them, so a ``MemoryLM`` is for the thread that made
+    it: in any other its methods raise ThreadError. A thread that has loaded a model of its own
+    calls ``mlx.core.clear_streams()`` when it has let go of it, as MLX wants it.
     """
 
     def __init__(
@@ -126,7 +129,8 @@ class MemoryLM:
         self.encoder = encoder
         self.context_length: int | None = config.get("max_position_embeddings")
         self.dtype = compute_dtype(model)
-        self._streams = 0  # answers that are being generated
+        self._owner = Owner(f"{bank.folder}: the model")
+        self._running: set[Answer] = set()  # those that are being generated
         self._ahead: ClusterPath | None = None  # to be prefetched when they have ended
 
     # ---- routing and fetching ----------------------------------------------------------
@@ -148,6 +152,10 @@ class MemoryLM:
         tree, encoder = self._router()
         return tree.assign(encoder.encode(texts))[0]
 
+    def check_thread(self) -> None:
+        """Raise ThreadError in another thread than the one that the model belongs to."""
+        self._owner.check()
+
     def _routes(self, texts: Sequence[str]) -> list[ClusterPath]:
         for text in texts:
             if not text.strip():
@@ -157,6 +165,7 @@ class MemoryLM:
         return tree.route(encoder.encode(texts))
 
     def _router(self) -> tuple[ClusterTree, Encoder]:
+        self.check_thread()
         if self.tree is None or self.encoder is None:
             raise InputError(
                 f"{self.bank.folder}: this bank has no tree, so no text can be routed; make a "
@@ -187,6 +196,7 @@ class MemoryLM:
         self, memory: Memory, texts: Sequence[str | None], blocked: Blocks = ()
     ) -> list[Fetched]:
         """Fetch the memories of several contexts, each distinct block once; as :meth:`fetch`."""
+        self.check_thread()
         paths: list[ClusterPath | None]
         blocked = [check_block(self.bank.config, pair) for pair in blocked]
         if not texts:
@@ -222,7 +232,7 @@ class MemoryLM:
 
     def _fetch_paths(self, paths: Sequence[Sequence[int]], blocked: Blocks) -> list[FetchedMemory]:
         if len(paths) == 1:
-            return [self.bank.fetch(*paths, blocked)]
+            return [self.bank.fetch(paths[0], blocked)]
         return self.bank.fetch_many(paths, blocked)
 
     def _ready(self, found: FetchedMemory) -> mx.array:
@@ -246,10 +256,11 @@ class MemoryLM:
         Raises:
             InputError: the text is not valid Unicode.
         """
+        self.check_thread()
         if not text.strip():
             return None
         path = self.route(text)
-        if self._streams:
+        if self._running:
             self._ahead = path
         else:
             self.bank.prefetch(path.ids)
@@ -268,6 +279,7 @@ class MemoryLM:
 
     # ---- generation --------------------------------------------------------------------
 
+    @owned
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -280,7 +292,7 @@ class MemoryLM:
         kept: KeptCache | None = None,
         blocked: Blocks = (),
         **options: Any,
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         """Generate, piece by piece, with a memory that is fetched before the first token.
 
         Args:
@@ -369,7 +381,7 @@ class MemoryLM:
         is not given back: its buffer is then freed by itself, when nothing refers to it.
         """
         thread = threading.get_ident()
-        self._streams += 1
+        self._running.add(answer)
         clean = False
         try:
             try:
@@ -379,9 +391,9 @@ class MemoryLM:
                 clean = threading.get_ident() == thread
                 raise
         finally:
-            self._streams -= 1
+            self._running.discard(answer)
             answer.end(clean)
-            if self._ahead is not None and not self._streams and thread == threading.get_ident():
+            if self._ahead is not None and not self._running and thread == threading.get_ident():
                 ahead, self._ahead = self._ahead, None
                 self.bank.prefetch(ahead.ids)
 
@@ -445,6 +457,7 @@ class MemoryLM:
 
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text as a prompt, with special tokens that the tokenizer puts first."""
+        self.check_thread()
         _check_unicode(text)
         bos = self.tokenizer.bos_token
         return list(

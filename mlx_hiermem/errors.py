@@ -8,9 +8,35 @@ ours and exits with code 1.
 
 from __future__ import annotations
 
+import errno
+
+# What the system says of a disk that is full, read-only, broken or gone, or of too many files.
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO,
+    errno.ESTALE, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+# What Python, the loader of libraries, MLX and torch say where no memory is left.
+_NO_MEMORY = (
+    "failed to map segment", "cannot allocate memory", "can't start new thread",
+    "unable to allocate", "bad_alloc", "not enough memory",
+)  # fmt: skip
+
 
 class HierMemError(Exception):
-    """Base class of all errors that come from wrong use or bad input."""
+    """Base class of all errors that come from wrong use or bad input.
+
+    Args:
+        text: for people. What cannot be printed in it (a file may have put it there) is escaped.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text if text.isprintable() else "".join(map(_printable, text)))
+
+
+def _printable(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return " " if letter.isspace() else ascii(letter)[1:-1]
 
 
 class ConfigError(HierMemError):
@@ -33,5 +59,33 @@ class InputError(HierMemError):
     """A prompt, text or option cannot be used."""
 
 
+class ThreadError(HierMemError):
+    """Something is used by another thread than the one that it belongs to."""
+
+
 class TrainingError(HierMemError):
     """Training cannot start or go on."""
+
+
+def of_the_machine(error: BaseException) -> str | None:
+    """What the machine has not, if that is why there is an error; None otherwise.
+
+    Nobody made a mistake then, and what was asked for may be had elsewhere.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        text = " ".join(str(found).split())
+        memory = isinstance(found, MemoryError) or getattr(found, "errno", 0) == errno.ENOMEM
+        told = isinstance(found, ImportError | RuntimeError | OSError)
+        if memory or (told and any(words in text.lower() for words in _NO_MEMORY)):
+            # numpy's reason is behind many lines of advice.
+            reason = f"{type(found).__name__}: {text}"[-200:].rpartition("error was: ")[2]
+            return (
+                f"not enough memory ({reason}); end other programs, or allow this one more "
+                "(ulimit -v, or the limit of its container)"
+            )
+        found = found.__cause__ or found.__context__
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; check the disk and its free space, and try again"
+    return None

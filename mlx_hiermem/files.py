@@ -5,10 +5,12 @@ At the bottom of the house: banks, trees, corpora and checkpoints are all writte
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ class AtomicFile:
 
     A context manager: what is written goes to ``.NAME.partial`` beside it; on leaving without
     an error that is synced and renamed, on an error it is removed. After that ``size`` and
-    ``sha256`` are those of the file.
+    ``sha256`` are those of the file. Meanwhile nobody else can write it, whatever the process.
 
     Args:
         folder: of the file.
@@ -48,10 +50,37 @@ class AtomicFile:
 
     def __enter__(self) -> AtomicFile:
         try:
-            self._file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__)
+            self._file = open(self._own(), "wb")  # noqa: SIM115 (closed in __exit__)
         except OSError as error:
             raise self._failed(error) from None
         return self
+
+    def _own(self) -> int:
+        """The temporary file, empty and locked."""
+        while True:
+            fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._lock(fd)
+                if os.path.samestat(os.fstat(fd), os.stat(self.temporary)):
+                    os.ftruncate(fd, 0)  # what a killed process has left
+                    return fd
+            except FileNotFoundError:
+                pass  # since it was opened, who had the lock has renamed it: it is theirs
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def _lock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FormatError(
+                f"{self.path}: is being written by somebody else now; wait for it, or name another "
+                "place"
+            ) from None
+        except OSError:
+            pass  # a disk without locks; there it is left to the user
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
@@ -67,24 +96,25 @@ class AtomicFile:
         return self._digest.hexdigest()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        ours = True  # the temporary name
         try:
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 if not self._cached and hasattr(os, "posix_fadvise"):  # macOS has none
                     os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                self._file.close()
                 os.replace(self.temporary, self.path)
+                ours = False
                 sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from None
         finally:
-            if not self._file.closed:
-                try:
-                    self._file.close()
-                except OSError:
-                    pass  # a full disk fails again here; the first error is the one to tell
-            self.temporary.unlink(missing_ok=True)
+            # A disk that is full, or gone, fails again here: the first error is the one to tell.
+            if ours:
+                with suppress(OSError):
+                    self.temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file.close()  # the lock goes with it
 
     def _failed(self, error: OSError) -> FormatError:
         return FormatError(

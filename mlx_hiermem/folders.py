@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 
 from .errors import FormatError, InputError
@@ -133,18 +134,19 @@ def _old(out: Path) -> Path:
     return out.parent / f".{out.name}.old"
 
 
-def anchor_files(source: Path, weights: bool = True) -> list[str]:
+def anchor_files(source: Path) -> list[str]:
     """Names of the files in a model's folder that make up the anchor and its tokenizer.
 
     Its README.md is not one of them: it may speak of another memory.
-
-    Args:
-        weights: with the weights; without them for an anchor that has new ones.
     """
     found = {path.name for pattern in OTHERS for path in source.glob(pattern) if path.is_file()}
-    of_weights = {path.name for pattern in WEIGHTS for path in source.glob(pattern)}
-    chosen = found | of_weights if weights else found - of_weights
-    return sorted(name for name in chosen if not name.startswith("."))
+    found |= {path.name for pattern in WEIGHTS for path in source.glob(pattern)}
+    return sorted(name for name in found if not name.startswith("."))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of an anchor is one of those with its weights."""
+    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
 def copy_file(
@@ -173,6 +175,66 @@ def copy_file(
         except OSError as error:
             raise FormatError(f"{source}: cannot be read ({error.strerror})") from None
     return file
+
+
+class Originals:
+    """Files of a folder that are copied later, and have to be by then what they are now.
+
+    What is looked at first and copied hours later may have been cut short, replaced or taken away
+    in between: that is told, and not copied.
+
+    Args:
+        folder: that they are in.
+        names: of them.
+
+    Raises:
+        FormatError: one of them cannot be read.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder = folder
+        self._known = {name: self._state(name) for name in names}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the files."""
+        return list(self._known)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(size for size, _ in self._known.values())
+
+    def copy(
+        self, name: str, target: Path, progress: Callable[[int], None] | None = None
+    ) -> AtomicFile:
+        """Copy one of them to ``target``/``name``; as :func:`copy_file`.
+
+        Raises:
+            FormatError: it is not what it was, or cannot be read or written.
+        """
+        self._check(name)
+        file = copy_file(self.folder / name, target, name, progress)
+        self._check(name)
+        return file
+
+    def _check(self, name: str) -> None:
+        if self._state(name) != self._known[name]:
+            raise FormatError(
+                f"{self.folder / name}: was changed while it was used; see what it is now, and run "
+                "the command again"
+            )
+
+    def _state(self, name: str) -> tuple[int, int]:
+        path = self.folder / name
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise FormatError(
+                f"{path}: cannot be read ({error.strerror}); bring it back, and run the command "
+                "again"
+            ) from None
+        return status.st_size, status.st_mtime_ns
 
 
 def _remove(path: Path) -> None:

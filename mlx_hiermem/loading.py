@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .anchors import load_anchor, load_anchor_tokenizer
+from .anchors import check_runs, load_anchor, load_anchor_tokenizer
 from .bank.journal import Snapshot
 from .bank.layout import added_tree
 from .bank.parts import Part
@@ -56,10 +56,7 @@ def load(
     folder = find_model(path_or_repo, revision, part)
     memory_folder = folder / "memory" if bank is None else Path(bank)
     if not memory_folder.is_dir():
-        raise ConfigError(
-            f"{memory_folder}: no such folder; expected a memory bank; name one with bank "
-            "(--bank), or use mlx_lm for a model without memories"
-        )
+        raise ConfigError(f"{memory_folder}: no such folder; {_instead(folder, bank is None)}")
     store = MemoryBank.open(
         memory_folder,
         memory_budget=memory_budget,
@@ -79,6 +76,10 @@ def load(
             model = attach(anchor, store.config)
         except ConfigError as error:
             raise ConfigError(f"{memory_folder}: {error}") from None
+        try:
+            check_runs(model)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from None
         return MemoryLM(model, tokenizer, store, tree, encoder, config)
     except BaseException:
         store.close()
@@ -107,3 +108,17 @@ def _load_routing(
             f"{encoder.width}; they do not belong together, download the bank again"
         )
     return tree, encoder
+
+
+def _instead(folder: Path, own: bool) -> str:
+    """What to do where ``folder`` has no memory folder (``own``), or the one given is not there."""
+    if own and (folder / "model" / "config.json").is_file():
+        return f"{folder} is the folder of a training run; give its model, {folder / 'model'}"
+    if own and (folder / "corpus.json").is_file():
+        return f"{folder} is a corpus; train a model on it with `mlx_hiermem train --data {folder}`"
+    if own and (folder / "manifest.json").is_file():
+        return f"{folder} is a memory folder; give the model folder that it is in, {folder.parent}"
+    return (
+        "expected a memory bank; name one with bank (--bank), make one with `mlx_hiermem init` "
+        "and train it, or use mlx_lm for a model without memories"
+    )

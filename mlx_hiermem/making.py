@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.nn as nn
@@ -22,7 +22,7 @@ from .bank.manifest import check_sha256
 from .bank.parts import Part
 from .config import AnchorShape, MemoryConfig, placement
 from .errors import ConfigError, InputError
-from .folders import anchor_files, check_new, copy_file, model_folder
+from .folders import Originals, anchor_files, check_new, copy_file, model_folder
 from .memories import attach
 from .models import find_model
 from .tree_source import check_embeddings, check_tree, open_routing
@@ -85,9 +85,9 @@ def make_model(
             f"{model}: has a memory bank already; go on from it with `mlx_hiermem train --model "
             f"{model}`, or give --fresh-memory to leave it behind"
         )
+    files = Originals(folder, anchor_files(folder))
     anchor, shape = build_anchor(folder)
-    names = anchor_files(folder)
-    if not any(name.endswith(".safetensors") for name in names):
+    if not any(name.endswith(".safetensors") for name in files.names):
         raise ConfigError(
             f"{folder}: no model*.safetensors; convert the model with mlx_lm.convert first"
         )
@@ -95,7 +95,6 @@ def make_model(
     if routing is not None:
         check_tree(routing, len(ranks), branching)
         branching = routing.tree.branching
-    more = {} if routing is None else {"encoder": routing.encoder}
     config = MemoryConfig(
         ranks=tuple(ranks),
         kind=kind,
@@ -103,8 +102,9 @@ def make_model(
         layers=placement(layers, shape.num_hidden_layers),
         dtype=dtype,
         base_anchor={**_base(model, folder), "shape": asdict(shape)},
-        **more,
     )
+    if routing is not None:
+        config = replace(config, encoder=routing.encoder)
     try:
         attach(anchor, config)
     except ConfigError as error:
@@ -113,15 +113,15 @@ def make_model(
         check_embeddings(routing, folder)
     with model_folder(out) as made:
         memory = made / "memory"
-        for name, entry in ({} if routing is None else routing.files).items():
-            copied = copy_file(find(routing.folder, name), memory, name)
-            if entry is not None:
-                check_sha256(routing.folder / name, copied.sha256, entry)
+        if routing is not None:
+            for name, entry in routing.files.items():
+                copied = copy_file(find(routing.folder, name), memory, name)
+                if entry is not None:
+                    check_sha256(routing.folder / name, copied.sha256, entry)
         bank = write_fresh_bank(memory, config, _about(progress, "checksums"))
-        sizes = {name: (folder / name).stat().st_size for name in names}
         tell = _about(progress, "anchor")
-        for name in names:
-            copy_file(folder / name, made, name, tell and (lambda n: tell(sum(sizes.values()), n)))
+        for name in files.names:
+            files.copy(name, made, tell and (lambda count: tell(files.bytes, count)))
     return Made(Path(out).expanduser(), config, bank, routing is not None)
 
 

@@ -79,7 +79,8 @@ class Quantization:
         found: list[Quantization] = []
         failure: ConfigError | None = None
         for name in ("affine", "nvfp4") if mode is None else (mode,):
-            sizes = MODES[name][1] if group_size is None and name in MODES else (group_size,)
+            # An unknown mode is refused before its size.
+            sizes = MODES[name][1] if group_size is None and name in MODES else (group_size or 0,)
             for size in sizes:
                 try:
                     found.append(cls(bits, size, name))

@@ -152,7 +152,7 @@ def score_answer(
         )
     scores: list[np.ndarray] = []
 
-    def feed(tokens: Sequence[int], first: int, count: int) -> None:
+    def feed(tokens: list[int], first: int, count: int) -> None:
         """Feed tokens; the last ``count`` outputs predict the answer's tokens from ``first`` on."""
         logits = lm.model(mx.array(tokens)[None], cache=run.cache)[0].astype(mx.float32)
         targets = mx.array(answer[first : first + count])

@@ -11,6 +11,7 @@ from .anchors import load_anchor
 from .bank.blocked import BLOCKED
 from .bank.checksums import CHECKSUMS
 from .bank.files import find
+from .bank.journal import check_finished
 from .bank.layout import CONFIG, GENERIC, added_tree, level_of
 from .bank.manifest import FileEntry, read_manifest
 from .config import MemoryConfig
@@ -86,6 +87,7 @@ def _routing_of_corpus(corpus: Path) -> Routing:
 
 
 def _routing_of_bank(memory: Path) -> Routing:
+    check_finished(memory)
     config = MemoryConfig.load(memory / CONFIG)
     own = {CONFIG, GENERIC, CHECKSUMS, BLOCKED}
     if config.added:  # which are no part of the tree; some of the names are theirs

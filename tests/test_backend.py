@@ -1,7 +1,10 @@
 """What the backend module changes in the process."""
 
+import resource
 import subprocess
 import sys
+
+from mlx_hiermem import backend
 
 CODE = """
 import ctypes, os, sys
@@ -33,3 +36,17 @@ def test_freed_memory_stays_in_the_process_on_glibc():
         return
     assert run("plain") == ["None", "False"]
     assert run("keep") == ["True", "True"]
+
+
+def test_openblas_is_left_alone_where_it_may_wait_forever(monkeypatch):
+    """Older ones do so for memory that a limit (``ulimit -v``) keeps from them."""
+    if sys.platform != "linux":
+        return
+    loaded = []
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda name, mode: loaded.append(name))
+    monkeypatch.setattr(backend.os, "cpu_count", lambda: 8)
+    for limit, found in (((5 << 30) - 1, False), (resource.RLIM_INFINITY, True), (6 << 30, True)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert backend.preload_blas() is found
+        assert bool(loaded) is found

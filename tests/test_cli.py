@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import resource
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 import mlx_hiermem
 from mlx_hiermem import backend, cli
-from mlx_hiermem.errors import InputError
+from mlx_hiermem.errors import FormatError, InputError
 
 HEAVY = {"mlx.core", "mlx_lm", "numpy", "transformers", "gradio", "torch"}
 
@@ -121,6 +122,35 @@ def test_fault_of_ours_is_one_line_and_1(run_command, capsys):
     assert captured.err.startswith("mlx_hiermem: error: KeyError: 'rank'")
     assert "--debug" in captured.err
     assert captured.err.count("\n") == 1
+
+
+def wrapped(error: Exception) -> FormatError:
+    """As an error comes from who took it for a damaged file."""
+    try:
+        raise FormatError("model: the anchor cannot be loaded; fetch it again") from error
+    except FormatError as found:
+        return found
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "not enough memory (MemoryError: ); end other programs, or allow"),
+        (wrapped(MemoryError()), "not enough memory"),
+        (ImportError("a\nb\nOriginal error was: x.so: failed to map segment from it"),
+         "not enough memory (x.so: failed to map segment from it)"),
+        (RuntimeError("can't start new thread"), "not enough memory"),
+        (RuntimeError("[malloc] Unable to allocate 7 bytes."), "not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+        (OSError(errno.EIO, "Input/output error", "a/b"), "a/b: Input/output error; check the"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; check the"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_has_not_is_one_line_and_2(run_command, capsys, error, told):
+    assert cli.main(run_command(raising(error))) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"mlx_hiermem: error: {told}")
+    assert captured.err.count("\n") == 1 and captured.out == "" and "fault" not in captured.err
 
 
 @pytest.mark.parametrize("error", [InputError("empty"), KeyError("rank")])

@@ -127,6 +127,14 @@ def test_advice_says_what_would_be_faster_and_how(monkeypatch):
     assert "1.0 GiB" in memory and "--memory-budget" in memory
 
 
+def test_a_checkout_that_is_not_installed_asks_for_nothing(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert doctor.too_old() == []
+
+
 def test_packages_that_are_too_old(monkeypatch):
     wanted = ["numpy>=99", "mlx-lm>=0.1", "nowhere>=1", "gradio>=99; extra == 'x'", "?"]
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)

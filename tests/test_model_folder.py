@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_hiermem.errors import FormatError, InputError
-from mlx_hiermem.folders import model_folder
+from mlx_hiermem.folders import Originals, model_folder
 
 
 def model(path: Path, text: str = "old") -> Path:
@@ -105,3 +105,43 @@ def test_an_error_leaves_nothing_even_so(tmp_path):
         (out / "one").write_text("x")
         raise FormatError("bad input")
     assert os.listdir(tmp_path) == []
+
+
+# ---- files that are copied later ---------------------------------------------------------
+
+
+def test_originals_are_copied_as_they_are(tmp_path):
+    (tmp_path / "from" / "below").mkdir(parents=True)
+    for name in ("a", "below/b"):
+        (tmp_path / "from" / name).write_text(name)
+    originals = Originals(tmp_path / "from", ["a", "below/b"])
+    counts = []
+    for name in originals.names:
+        originals.copy(name, tmp_path / "to", counts.append)
+        assert (tmp_path / "to" / name).read_text() == name
+    assert sum(counts) == originals.bytes == 8
+
+
+def test_originals_that_are_others_now_are_refused(tmp_path):
+    path = tmp_path / "a"
+
+    def copy(change, told):
+        path.write_text("as it was")
+        originals = Originals(tmp_path, ["a"])
+        change()
+        with pytest.raises(FormatError, match=told):
+            originals.copy("a", tmp_path / "to")
+        assert not (tmp_path / "to").exists()
+
+    copy(lambda: os.truncate(path, 3), "a: was changed while it was used")
+    copy(lambda: os.utime(path, ns=(0, 0)), "was changed while it was used")
+    copy(path.unlink, "a: cannot be read .No such file")
+    with pytest.raises(FormatError, match="a: cannot be read .No such file"):
+        Originals(tmp_path, ["a"])
+
+
+def test_an_original_that_changes_while_it_is_copied(tmp_path):
+    (tmp_path / "a").write_text("as it was")
+    originals = Originals(tmp_path, ["a"])
+    with pytest.raises(FormatError, match="was changed while it was used"):
+        originals.copy("a", tmp_path / "to", lambda _: os.truncate(tmp_path / "a", 3))

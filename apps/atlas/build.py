@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem import load
+from mlx_hiermem.arrays import load_arrays
 from mlx_hiermem.bank.edit import BankEdit
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.errors import TrainingError
@@ -120,8 +121,8 @@ def assemble(recipe: Recipe, work: Path, out: Path) -> None:
 
     memory = fresh / "memory"
     shutil.copytree(work / "memory", memory)
-    bank = mx.load(str(work / "cotrained" / "bank.safetensors"))
-    generic = mx.load(str(work / "generic.safetensors"))["generic"]
+    bank = load_arrays(work / "cotrained" / "bank.safetensors")
+    generic = load_arrays(work / "generic.safetensors")["generic"]
     shape = memory_config(recipe)
     write_bank(
         memory,
@@ -182,6 +183,7 @@ def add_names(recipe: Recipe, out: Path) -> str:
     for document in found:
         members[leaves[document.prompt]].append(facts()[document.fact_index].entity)
     names = name_tree(members.__getitem__, branching, levels)
+    assert names is not None, "every document has the name of its entity"
     with BankEdit(out / "memory") as edit:
         edit.set_names(names.to_bytes())
     return edit.revision
@@ -197,5 +199,5 @@ def build(recipe: Recipe, work: Path, out: Path, jobs: int) -> None:
 
 def _copy_half(source: Path, target: Path) -> None:
     """Copy weights in the dtype that ships."""
-    weights = {name: value.astype(DTYPE) for name, value in mx.load(str(source)).items()}
+    weights = {name: value.astype(DTYPE) for name, value in load_arrays(source).items()}
     mx.save_safetensors(str(target), weights, {"format": "mlx"})

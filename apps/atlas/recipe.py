@@ -7,11 +7,12 @@ build that was stopped goes on where it was, and stages that do not need each ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from mlx_lm.utils import load_tokenizer
 from tqdm import trange
 
 from mlx_hiermem.anchors import openlm
+from mlx_hiermem.arrays import load_arrays
 from mlx_hiermem.config import AnchorShape, MemoryConfig
 from mlx_hiermem.corpus.packed import PackedCorpus, pack
 from mlx_hiermem.memories import GENERIC, MemoryModel, attach
@@ -30,7 +32,7 @@ from mlx_hiermem.training.config import TrainConfig
 from mlx_hiermem.training.rows import BankRows
 from mlx_hiermem.training.trainer import Trainer
 
-from .corpus import CorpusConfig, documents, fact_documents
+from .corpus import CorpusConfig, Document, documents, fact_documents
 from .facts import facts
 from .tokenizer import train_tokenizer
 
@@ -162,7 +164,7 @@ def stage_cotrain(recipe: Recipe, work: Path) -> None:
     folder.mkdir(exist_ok=True)
     levels = {
         f"level{level}": mx.array(
-            np.stack(list(trainer.rows.values(level, range(model.config.clusters(level)))))
+            np.stack(list(trainer.memory_rows.values(level, range(model.config.clusters(level)))))
         )
         for level in model.config.memory_levels
     }
@@ -178,7 +180,7 @@ def stage_generic(recipe: Recipe, work: Path) -> None:
     """
     folder = work / "cotrained"
     model = memory_model(recipe, load_anchor_weights(recipe, folder / "anchor.safetensors"))
-    stored, start = mx.load(str(folder / "generic.safetensors"))["generic"], 0
+    stored, start = load_arrays(folder / "generic.safetensors")["generic"], 0
     generic = {}
     for level in model.config.memory_levels:
         size = model.config.block_size(level)
@@ -196,7 +198,9 @@ def stage_generic(recipe: Recipe, work: Path) -> None:
 def _save_generic(trainer: Trainer, path: Path) -> None:
     """Write the generic memory, the blocks of the levels one behind the other."""
     levels = trainer.model.config.memory_levels
-    generic = np.concatenate([next(trainer.rows.values(level, [GENERIC])) for level in levels])
+    generic = np.concatenate(
+        [next(trainer.memory_rows.values(level, [GENERIC])) for level in levels]
+    )
     mx.save_safetensors(str(path), {"generic": mx.array(generic)})
 
 
@@ -292,7 +296,9 @@ def clustered_corpus(recipe: Recipe, work: Path) -> PackedCorpus:
     )
 
 
-def _routed(recipe: Recipe, encoder: EmbeddingEncoder, tree: ClusterTree):
+def _routed(
+    recipe: Recipe, encoder: EmbeddingEncoder, tree: ClusterTree
+) -> Iterator[tuple[Document, int]]:
     """(document, leaf) pairs. A document is routed as a question about it is: by its prompt."""
     known: dict[str, int] = {}
     for document in documents(recipe.corpus):
@@ -312,7 +318,7 @@ def _mixed_corpus(recipe: Recipe, work: Path) -> PackedCorpus:
     )
 
 
-def _tokenizer(work: Path):
+def _tokenizer(work: Path) -> Any:
     return load_tokenizer(work / "tokenizer")
 
 

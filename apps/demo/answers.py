@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Generator, Hashable
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,9 @@ class Answers:
         self.conversations: OrderedDict[Hashable, Conversation] = OrderedDict()
         self._blocks = self._hits = 0
 
-    def stream(self, lm: MemoryLM, ask: Ask, visitor: Hashable) -> Iterator[Began | Response]:
+    def stream(
+        self, lm: MemoryLM, ask: Ask, visitor: Hashable
+    ) -> Generator[Began | Response, None, None]:
         """Answer a request: :class:`Began`, then the pieces as from ``MemoryLM.stream``.
 
         Raises:
@@ -50,17 +52,20 @@ class Answers:
                     yield Began(time.perf_counter() - start, self._held(lm))
                 yield response
 
-    def _responses(self, lm: MemoryLM, ask: Ask, visitor: Hashable) -> Iterator[Response]:
+    def _responses(
+        self, lm: MemoryLM, ask: Ask, visitor: Hashable
+    ) -> Generator[Response, None, None]:
         from mlx_hiermem.conversation import chat_tokens
 
         if ask.turn:
             talk = self._conversation(lm, visitor)
             talk.memory, talk.blocked = ask.memory, ask.blocked
-            return talk.answer(ask.prompt, ask.max_tokens)
+            yield from talk.answer(ask.prompt, ask.max_tokens)
+            return
         prompt: str | list[int] = ask.prompt
-        if lm.tokenizer.has_chat_template and prompt.strip():
-            prompt = chat_tokens(lm, [{"role": "user", "content": prompt}])
-        return lm.stream(
+        if lm.tokenizer.has_chat_template and ask.prompt.strip():
+            prompt = chat_tokens(lm, [{"role": "user", "content": ask.prompt}])
+        yield from lm.stream(
             prompt, ask.memory, ask.max_tokens, route_on=ask.prompt, blocked=ask.blocked
         )
 

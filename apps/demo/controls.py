@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Gradio reads both on import or launch. The second would offer to keep prompts on the Hub.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -16,6 +16,22 @@ import gradio as gr  # noqa: E402
 from . import tree_view  # noqa: E402
 from .desk import LONGEST_PROMPT, Desk, Visitor  # noqa: E402
 from .view import Answer  # noqa: E402
+
+if TYPE_CHECKING:
+    from mlx_hiermem.bank.report import BlockReport
+
+__all__ = [
+    "LONGEST_ANSWER",
+    "VISITORS",
+    "Fields",
+    "buttons",
+    "gr",  # for all who need it, after what is set above
+    "picture",
+    "prompt_box",
+    "tokens_slider",
+    "updates",
+    "wire",
+]
 
 #: Visitors who are answered or see their place in the line. As many more wait for a place in it;
 #: the next are told that the queue is full.
@@ -118,9 +134,11 @@ def picture(desk: Desk, own: Visitor, state: Answer | None, ident: str) -> str:
     """The tree with the path of an answer as far as it is lit up, and what is off for a visitor."""
     facts = desk.facts
     assert facts.config is not None
-    path, blocks = own.path, []
+    path = own.path
+    blocks: Sequence[BlockReport] = ()
     if state is not None and state.last is not None and not state.failed:
-        path, blocks = state.last.path and state.last.path.ids, state.blocks
+        path = None if state.last.path is None else state.last.path.ids
+        blocks = state.blocks
     return tree_view.picture(
         path, blocks, branching=facts.config.branching, levels=facts.config.levels,
         names=facts.names, blocked=own.blocked | facts.blocked,

@@ -154,6 +154,8 @@ class Desk:
 
         What whoever started the server has blocked stays so.
         """
+        if not isinstance(level, int) or not isinstance(cluster, int):
+            return False  # whatever a browser has sent
         if not self.facts.has(level, cluster) or (level, cluster) in self.facts.blocked:
             return False
         own = self.visitor(session)

@@ -116,9 +116,9 @@ class Held:
 
 
 def _names(lm: MemoryLM) -> ClusterNames | None:
-    from mlx_hiermem.routing.names import ClusterNames
+    from mlx_hiermem.routing.names import NAMES, ClusterNames
 
-    names = ClusterNames.load(lm.bank.folder)
+    names = ClusterNames.load(lm.bank.folder, lm.bank.file_name(NAMES))
     if names is not None:
         config = lm.bank.config
         names.check(config.branching, config.levels, config.roots)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from itertools import pairwise
 
 from . import view
 from .facts import Facts
@@ -29,7 +28,7 @@ def conversation(turns: Sequence[Answer], facts: Facts) -> str:
             f"levels were read again and which stayed.{more}</p></section>"
         )
     first = max(0, len(turns) - SHOWN)
-    pairs = list(pairwise([None, *turns]))[first:]
+    pairs = list(zip([None, *turns[:-1]], turns, strict=True))[first:]
     rows = "".join(_turn(turn, before, facts) for before, turn in pairs)
     return f"<section class='hm-talk' aria-label='Conversation'><ol>{rows}</ol></section>"
 

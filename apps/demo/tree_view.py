@@ -77,7 +77,8 @@ def picture(
         ident: start of every id.
     """
     found = {block.level: block for block in blocks}
-    off = set(blocked) | {(b.level, b.cluster) for b in found.values() if b.blocked}
+    off = set(blocked)
+    off |= {(b.level, b.cluster) for b in found.values() if b.blocked and b.cluster is not None}
     with_memory = set(range(1, levels + 1) if memory_levels is None else memory_levels)
     lit = 0 if path is None else _lit(found, with_memory, levels)
     columns, above = [], None

@@ -77,8 +77,9 @@ class Answer:
         """Whether it has ended and all its levels are lit up."""
         if self.end is None:
             return False
-        dark = self.last is not None and self.last.path is not None
-        return self.failed or not dark or self.lit >= len(self.last.fetch.blocks)
+        if self.failed or self.last is None or self.last.path is None:
+            return True
+        return self.lit >= len(self.last.fetch.blocks)
 
     @property
     def status(self) -> str:

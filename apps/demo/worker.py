@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from .line import FairLine
 from .tickets import Ask, Began, End, Ticket
 
 if TYPE_CHECKING:
-    from mlx_hiermem.engine import MemoryLM
+    from mlx_hiermem.engine import MemoryLM, Response
 
 T = TypeVar("T")
 
@@ -241,7 +241,7 @@ class ModelThread:
         # anywhere.
         try:
             with ExitStack() as stack:
-                runs = deque()
+                runs: deque[tuple[Ticket, Generator[Began | Response, None, None]]] = deque()
                 for ticket in group.tickets:
                     responses = self._answers.stream(lm, ticket.ask, group.visitor)
                     runs.append((ticket, stack.enter_context(closing(responses))))
@@ -258,7 +258,7 @@ class ModelThread:
             for ticket in going:
                 ticket.put(End("error", _GONE))
 
-    def _step(self, ticket: Ticket, responses: Iterator[Any]) -> End | None:
+    def _step(self, ticket: Ticket, responses: Iterator[Began | Response]) -> End | None:
         """Bring one piece of an answer; how it ended, if it has."""
         if ticket.withdrawn.is_set():
             return End("withdrawn")

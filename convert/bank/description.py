@@ -19,7 +19,7 @@ from ..sources import SourceTensor
 from .keys import Place
 
 CONFIG = "memory_config.json"
-_KEYS = {
+_KEYS: dict[str, type | tuple[type, ...]] = {
     "kind": str, "branching": int, "levels": int, "ranks": list, "layers": list,
     "transposed": list, "encoder": dict, "alpha": (int, float),
 }  # fmt: skip

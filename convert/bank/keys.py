@@ -53,14 +53,15 @@ def parse(key: str) -> Place | None:
         name: None if found[name] is None else int(found[name])
         for name in ("outer", "inner", "level", "cluster", "part")
     }
-    generic = number["level"] is None
+    stated = number["level"]
+    generic = stated is None
     if number["outer"] is not None and number["inner"] is not None:
         return None
     # Of a cluster, each layer has a tensor of its own; of a whole level, only in front.
     if not generic and (number["cluster"] is None) != (number["inner"] is None):
         return None
     layer = number["inner"] if number["outer"] is None else number["outer"]
-    level = number["part"] or 0 if generic else number["level"]
+    level = number["part"] or 0 if stated is None else stated
     if level == 0 and (not generic or number["part"] == 0):
         return None
     if number["cluster"] is not None and number["outer"] is not None:

@@ -34,14 +34,14 @@ class Part:
 
     def read(self, first: int = 0, count: int = 1, buffer: Buffer | None = None) -> np.ndarray:
         """Clusters ``first`` to ``first + count`` of it: (count, layers, r, w), storage array."""
-        rows = (first, count) if self.clustered else (0, None)
-        array = self.tensor.read(*rows, buffer)
+        rows = count if self.clustered else None  # None: all there are
+        array = self.tensor.read(first if self.clustered else 0, rows, buffer)
         array = array.reshape(count, len(self.layers), *array.shape[-2:])
         if self.transposed:
             array = array.swapaxes(-1, -2)
         if self.rank is not None:
-            start, rows = self.rank
-            array = array[:, :, start : start + rows]
+            start, ranks = self.rank
+            array = array[:, :, start : start + ranks]
         return array
 
 

@@ -7,7 +7,7 @@ found here, before anything is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,9 @@ def make_plan(
         layers=None if every else layers,
         dtype=_dtype(entries, dtype),
         base_anchor={**base_anchor, "shape": asdict(shape)},
-        **({} if encoder is None else {"encoder": encoder}),
     )
+    if encoder is not None:
+        config = replace(config, encoder=encoder)
     if tree is not None and tree != (config.branching, config.levels):
         raise FormatError(
             f"{name}: the bank has branching {k} and {config.levels} levels, the tree branching "
@@ -184,7 +185,8 @@ class _Planner:
                     )
                 first, count = cluster, 1
             found.setdefault((first, count), []).append(entry)
-        groups, end = [], 0
+        groups: list[Group] = []
+        end = 0
         for first, count in sorted(found):
             members = found[first, count]
             where = f"level {level}, clusters {first} to {first + count - 1}"

@@ -54,9 +54,9 @@ def write_stacked(
             "made from"
         )
     if config.added:
-        names = ", ".join(one.name for one in config.added)
+        added = ", ".join(one.name for one in config.added)
         raise FormatError(
-            f"{reader.folder}: has added memories ({names}), which no layout of PyTorch knows; "
+            f"{reader.folder}: has added memories ({added}), which no layout of PyTorch knows; "
             "convert the bank that they were added to"
         )
     matrices = _Matrices(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import replace
@@ -111,7 +111,9 @@ class _Levels:
         self._stop = Event()
         self._telling = Lock()
 
-    def write(self, wanted: Sequence[Shard]) -> Iterator[tuple[Shard, FileEntry, bytes]]:
+    def write(
+        self, wanted: Sequence[Shard]
+    ) -> Generator[tuple[Shard, FileEntry, bytes], None, None]:
         """Write files; each as it is done, with the checksums of its blocks.
 
         Raises:

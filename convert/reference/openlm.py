@@ -60,6 +60,7 @@ class OpenLMReference:
         head = self._weights.get("output.weight")
         if args.tie_word_embeddings:
             embedding = head = head if embedding is None else embedding
+        assert embedding is not None and head is not None, "both are there, or one that is tied"
         with torch.no_grad():
             x = embedding[torch.as_tensor(np.asarray(tokens, np.int64))]
             if args.post_embed_norm:

@@ -62,9 +62,9 @@ def _weights(tensors: Sequence[ChunkedTensor]) -> dict[str, ChunkedTensor]:
         if below:
             return below
     # Saved without the keys of the nested dictionaries: only what all names begin with is theirs.
-    for prefix in (".".join(prefix) + "." for prefix in _prefixes()):
-        if tensors and all(one.name.startswith(prefix) for one in tensors):
-            return {one.name[len(prefix) :]: one for one in tensors}
+    for begin in (".".join(prefix) + "." for prefix in _prefixes()):
+        if tensors and all(one.name.startswith(begin) for one in tensors):
+            return {one.name[len(begin) :]: one for one in tensors}
     return {one.name: one for one in tensors}
 
 

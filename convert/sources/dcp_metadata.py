@@ -7,7 +7,7 @@ ours here, so that nothing of it is run (see ``pickles``).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def _member(kind: Any, name: Any) -> Ignored:
 _DCP = "torch.distributed.checkpoint"
 _SHARD = "torch.distributed._shard.sharded_tensor.metadata"  # of PyTorch before 2.3
 _ENUMERATIONS = (f"{_DCP}.metadata._MEM_FORMAT_ENCODING", f"{_SHARD}.MEM_FORMAT_ENCODING")
-_CALLS = {
+_CALLS: dict[str, Callable[..., Any]] = {
     f"{_DCP}.metadata.Metadata": _Metadata,
     f"{_DCP}.metadata.TensorStorageMetadata": _Tensor,
     f"{_DCP}.metadata.BytesStorageMetadata": Ignored,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mlx_hiermem.errors import ConfigError, FormatError
@@ -16,6 +20,8 @@ from .tables import read_table
 # DistributedDataParallel, torch.compile, FSDP and activation checkpointing name their child so.
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _LONGEST = 1 << 24
+#: Seconds of computing that a key map has for one name, which takes microseconds.
+_SECONDS = 3
 
 
 def clean(names: Iterable[str]) -> dict[str, str]:
@@ -60,15 +66,31 @@ class KeyMap:
         """({original: new name}, names that are left out). A name that nothing fits stays.
 
         Raises:
-            ConfigError: two names become one, or a name becomes empty.
+            ConfigError: two names become one, or a name becomes empty; or an expression takes
+                for ever.
         """
+        at: list[str] = ["", ""]  # what is being tried, and on which name
+        try:
+            with _clock() as wind_up:
+                return self._apply(names, wind_up, at)
+        except _TooLong:
+            raise ConfigError(
+                f"{self.path}: {shown(at[0])} takes longer than {_SECONDS} seconds on "
+                f"{shown(at[1])}; write it without a repeat within a repeat"
+            ) from None
+
+    def _apply(
+        self, names: Iterable[str], wind_up: Callable[[], object], at: list[str]
+    ) -> tuple[dict[str, str], list[str]]:
         renamed: dict[str, str] = {}
         seen: dict[str, str] = {}
         left_out: list[str] = []
         used: set[str] = set()
         for name in names:
+            wind_up()
             new: str | None = name
             for pattern, replacement in self.rules:
+                at[:] = pattern.pattern, name
                 if match := pattern.fullmatch(name):
                     used.add(pattern.pattern)
                     new = None if replacement is None else match.expand(replacement)
@@ -86,6 +108,32 @@ class KeyMap:
             renamed[name] = new
         self.unused = [pattern for pattern in self.unused if pattern not in used]
         return renamed, left_out
+
+
+class _TooLong(Exception):
+    """The time of a name is over."""
+
+
+@contextmanager
+def _clock() -> Iterator[Callable[[], object]]:
+    """A clock that raises ``_TooLong`` in what computes for so many seconds after it was wound up.
+
+    A few letters make an expression that would be tried in more ways than anybody can wait for, and
+    key maps are handed on. Signals come to the main thread alone; elsewhere nothing is watched.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGVTALRM, ring)
+    try:
+        yield lambda: signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def load_key_map(path: Path) -> KeyMap:

@@ -16,7 +16,7 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_hiermem.shapes import shown
 
@@ -87,7 +87,11 @@ class _Unpickler(pickle._Unpickler):
         self._find = find
         self._persistent = persistent
 
-    dispatch = {
+    # What the stub of the standard library does not tell of.
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         code: pickle._Unpickler.dispatch[code]
         for code in (getattr(pickle, name)[0] for name in _OPCODES)
     }

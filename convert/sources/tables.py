@@ -38,8 +38,10 @@ def parse_table(
         table = dict(pairs)
         if len(table) != len(pairs):
             seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise FormatError(f"{where}: the key {shown(twice)} appears twice")
+            for key, _ in pairs:
+                if key in seen:
+                    raise FormatError(f"{where}: the key {shown(key)} appears twice")
+                seen.add(key)
         return table if entry is None else entry(table)
 
     try:

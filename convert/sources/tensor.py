@@ -128,13 +128,13 @@ class SourceTensor:
             FormatError: a file cannot be read or is shorter than it was.
         """
         if not self.shape:
-            whole = SourceTensor(
+            single = SourceTensor(
                 self.name,
                 self.dtype,
                 (1,),
                 [Box(box.file, box.offset, (0,), (1,)) for box in self.boxes],
             )
-            return whole.read().reshape(())
+            return single.read().reshape(())
         rows = self.shape[0] - first if count is None else count
         shape, dtype = (rows, *self.shape[1:]), STORAGE[self.dtype]
         out = np.empty(shape, dtype) if buffer is None else buffer.take(shape, dtype)

@@ -86,7 +86,9 @@ def _tensor_with_dtype(*all_of: Any) -> PickledTensor:
     dtype = all_of[6]
     if type(dtype) is not Name:
         raise Refused("its pickle has a tensor without a dtype")
-    return _make(all_of[0], dtype.text.removeprefix("torch."), *all_of[1:4], all_of[7:])
+    storage, offset, shape, strides = all_of[:4]
+    named = dtype.text.removeprefix("torch.")
+    return _make(storage, named, offset, shape, strides, all_of[7:])
 
 
 def _make(

@@ -43,16 +43,16 @@ def levels_of(
     if not arrays:
         raise FormatError(f"{where}: holds no arrays; {_EXPECTED}")
     for pattern, read in ((_LEVEL, _by_level), (_POSITION, _by_position), (_NODE, _by_node)):
-        found = {name: pattern.fullmatch(name) for name in arrays}
-        if not any(found.values()):
+        found = {name: match[1] for name in arrays if (match := pattern.fullmatch(name))}
+        if not found:
             continue
-        if len(arrays) == 1 and pattern is not _LEVEL and found[next(iter(arrays))][1] != "root":
+        if len(arrays) == 1 and pattern is not _LEVEL and [*found.values()] != ["root"]:
             continue  # arr_0, or the name of a file: nothing is said
-        if surplus := [name for name, match in found.items() if not match]:
+        if surplus := [name for name in arrays if name not in found]:
             raise FormatError(
                 f"{where}: has {shown(surplus[0])} beside a tree; {_EXPECTED}, and nothing else"
             )
-        return read({name: match[1] for name, match in found.items() if match}, arrays, where)
+        return read(found, arrays, where)
     if len(arrays) > 1:
         names = ", ".join(sorted(arrays))
         raise FormatError(f"{where}: its arrays are {shown(names)}; {_EXPECTED}")

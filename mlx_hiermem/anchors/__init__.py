@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import ConfigError, FormatError
-from ..shapes import AnchorShape
-from .openlm_args import check_kinds
+from ..shapes import AnchorShape, shown
+from .claims import check_counts, count_tensors
+from .openlm_args import check_kinds, check_numbers
 from .rope import older_keys
 
 #: What no weight is stored as: they are floating-point, or quantised and packed in uint32 (with
@@ -25,7 +26,7 @@ _WRONG_DTYPES = (
 )  # fmt: skip
 
 
-def get_model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+def get_model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     """Model and argument class for a ``config.json``: what mlx-lm's ``load_model`` asks for.
 
     Keys that only transformers 5 writes are added to it in the words that the model reads.
@@ -75,6 +76,27 @@ def load_anchor(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
+def check_runs(model: nn.Module) -> None:
+    """Compute with one token: a wrong value of ``config.json`` may show only there.
+
+    Args:
+        model: with memories attached.
+
+    Raises:
+        ConfigError: it fails.
+    """
+    try:
+        logits = model(mx.array([[0]]), cache=model.make_cache())
+        mx.eval(logits)
+    except Exception as error:  # anything, in whatever the architecture is
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"the anchor cannot compute with its config.json ({reason}); fetch or convert it again"
+        ) from error
+    if logits.ndim != 3 or logits.shape[:2] != (1, 1) or not logits.size:
+        raise ConfigError(f"the anchor gives {logits.shape}, no logits; fetch or convert it again")
+
+
 def compute_dtype(model: nn.Module) -> mx.Dtype:
     """The dtype of a model's activations: that of its norms, which are never quantised."""
     arrays = [array for _, array in tree_flatten(model.layers[0].parameters())]
@@ -87,7 +109,8 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def _check_config(folder: Path) -> None:
-    """Raise ConfigError where the values of ``config.json`` that everyone needs are wrong."""
+    """Raise ConfigError where the values of ``config.json`` that everyone needs are wrong, and
+    FormatError where the weights are damaged."""
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(
@@ -103,15 +126,17 @@ def _check_config(folder: Path) -> None:
     length = config.get("max_position_embeddings")
     if length is not None and (type(length) is not int or length < 2):
         raise ConfigError(
-            f"{path}: max_position_embeddings is {length!r}; expected the longest context in "
+            f"{path}: max_position_embeddings is {shown(length)}; expected the longest context in "
             "tokens, or no such key"
         )
-    if config["model_type"] == "openlm":
-        try:
+    try:
+        check_counts(config, count_tensors(folder))
+        if config["model_type"] == "openlm":
             AnchorShape.of(config)
             check_kinds(config)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            check_numbers(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def load_anchor_tokenizer(folder: str | Path, config: dict[str, Any]) -> Any:
@@ -133,7 +158,12 @@ def load_anchor_tokenizer(folder: str | Path, config: dict[str, Any]) -> Any:
         # transformers does not know the architecture, and would warn about that on each load.
         options["config"] = PretrainedConfig()
     try:
-        return load_tokenizer(Path(folder), options, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_tokenizer(Path(folder), options, eos_token_ids=config.get("eos_token_id"))
+        # mlx-lm's table of what the tokens are written as; it would fail when one is drawn.
+        written = getattr(tokenizer.detokenizer, "tokenmap", [])
+        if None in written:
+            raise ValueError(f"no token has the id {written.index(None)}")
+        return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = " ".join(str(error).split())[:200]
         raise FormatError(

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..errors import ConfigError
-from ..shapes import shown
+from ..shapes import MAX_SIZE, shown
 from .norms import NORMS, make_norm
 from .rotary import FREQUENCY_DTYPES, INTERLEAVED
 
@@ -81,6 +81,27 @@ def check_kinds(config: Mapping[str, Any]) -> None:
         value = config.get(name, known[0])
         if not isinstance(value, str) or value not in known:
             raise ConfigError(f"{name} is {shown(value)}; known are {', '.join(known)}")
+
+
+#: Numbers of these types and what they are to be; MLX takes float32.
+_FLOATS, _FLAGS = ("norm_eps", "rope_theta"), ("qk_norm", "tie_word_embeddings", "post_embed_norm")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a ``config.json`` has no number, or no flag, where one belongs.
+
+    ``AnchorShape.of`` looks at the sizes that are not here.
+    """
+    for name in _FLOATS:
+        value = config.get(name, 1.0)
+        if type(value) not in (int, float) or not 0 <= value < 1e30:
+            raise ConfigError(f"{name} is {shown(value)}; expected a number from 0 on")
+    for name in _FLAGS:
+        if not isinstance(config.get(name, False), bool):
+            raise ConfigError(f"{name} is {shown(config[name])}; expected true or false")
+    size = config.get("vocab_size", 1)
+    if type(size) is not int or not 0 < size < MAX_SIZE:
+        raise ConfigError(f"vocab_size is {shown(size)}; expected a positive integer")
 
 
 #: The paper's anchors: 163,510,016, 411,665,408 and 1,439,893,504 parameters.

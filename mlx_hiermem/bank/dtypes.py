@@ -6,12 +6,14 @@ The rounding is that of MLX's ``astype``, bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..errors import FormatError
 
 #: For each dtype of a bank the NumPy dtype of its storage array (always little-endian).
-STORAGE = {
+STORAGE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -23,7 +25,7 @@ SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": 
 
 # Of a floating-point number: the integers that its bytes are looked at as, everything but the sign,
 # and the smallest of these that is not finite (all bits of the exponent).
-_BITS = {
+_BITS: dict[str, tuple[np.dtype[Any], int, int]] = {
     "float32": (np.dtype("<u4"), 0x7FFFFFFF, 0x7F800000),
     "float16": (np.dtype("<u2"), 0x7FFF, 0x7C00),
     "bfloat16": (np.dtype("<u2"), 0x7FFF, 0x7F80),

@@ -49,8 +49,8 @@ def check_new(folder: Path, config: MemoryConfig, name: str, roots: int = 1) -> 
     added = Added(name, roots)
     if any(one.name == name for one in config.added):
         raise InputError(
-            f"{folder}: has an added memory {name} already; give another --name, or take that one "
-            "off first (mlx_hiermem.bank.extend.drop)"
+            f"{folder}: has an added memory {name} already; give another --name, or remove that "
+            f"one first (mlx_hiermem bank remove --name {name})"
         )
     if not (folder / _TREE).is_file():
         raise InputError(

@@ -8,7 +8,7 @@ disk sees all reads at once, while this thread copies what is in memory already.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +120,7 @@ class Filler:
         here = waiting[-1:] if not copies else []
         failures: list[BaseException] = []
         futures = [self._submit(slot, *one) for one in waiting[: len(waiting) - len(here)]]
-        tasks = [partial(self._copy, slot, step) for step in copies]
+        tasks: list[Callable[[], object]] = [partial(self._copy, slot, step) for step in copies]
         tasks += [partial(self._wait, slot, *one) for one in here]
         for task in (*tasks, *(future.result for future in futures)):
             try:

@@ -68,7 +68,8 @@ class _File:
     zeros: int
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
+        """In bytes."""
         return len(self.head) + self.zeros
 
     def pieces(self) -> Iterator[bytes | memoryview]:
@@ -100,7 +101,7 @@ def write_fresh_bank(
             f"grown for ({MOST_CLUSTERS:,}); use fewer levels or a smaller branching"
         )
     files = _files(config)
-    size = sum(file.bytes for file in files.values())
+    size = sum(file.size for file in files.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
@@ -156,7 +157,7 @@ def _write(folder: Path, name: str, file: _File) -> None:
     with AtomicFile(folder, name) as written:
         written.write(file.head)
         try:
-            os.truncate(written.temporary, file.bytes)  # which lengthens it
+            os.truncate(written.temporary, file.size)  # which lengthens it
         except OSError as error:
             raise FormatError(
                 f"{folder / name}: cannot be written ({error.strerror}); check the folder and free "
@@ -178,7 +179,7 @@ def _write_checksums(folder: Path, config: MemoryConfig) -> FileEntry:
 
 def _hash(files: Mapping[str, _File], progress: Progress | None) -> dict[str, FileEntry]:
     """The manifest's entries of files that need not be there yet."""
-    total = sum(file.bytes for file in files.values())
+    total = sum(file.size for file in files.values())
     done, lock, stop = 0, Lock(), Event()
 
     def report(count: int) -> None:
@@ -205,7 +206,7 @@ def _hash(files: Mapping[str, _File], progress: Progress | None) -> dict[str, Fi
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return {name: FileEntry(file.bytes, jobs[name].result().hex()) for name, file in files.items()}
+    return {name: FileEntry(file.size, jobs[name].result().hex()) for name, file in files.items()}
 
 
 def _sha256(file: _File, report: Callable[[int], None] | None = None) -> bytes:

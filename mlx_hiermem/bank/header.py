@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import FormatError
 from .dtypes import SAFETENSORS, STORAGE
@@ -112,7 +112,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _sizes(values: Any) -> bool:
+def _sizes(values: Any) -> TypeGuard[list[int]]:
     # Eight dimensions are more than any tensor here has; the limit keeps the product small.
     return (
         isinstance(values, list)

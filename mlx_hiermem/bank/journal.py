@@ -136,6 +136,16 @@ def unfinished(folder: Path) -> bool:
     return any(os.path.lexists(folder / (PREFIX + name)) for name in read_journal(folder).overwrite)
 
 
+def check_finished(folder: Path) -> None:
+    """Raise FormatError if files of the bank do not lie under their names, as an edit was stopped
+    while it came into force: for who copies them as they lie."""
+    if read_journal(folder).files:
+        raise FormatError(
+            f"{folder}: an edit was stopped before its end; make it again, which brings it to its "
+            "end (so does any other edit)"
+        )
+
+
 # ---- for who edits ---------------------------------------------------------------------
 
 

@@ -192,12 +192,16 @@ def check_sha256(path: Path, sha256: str, entry: FileEntry) -> None:
 
 
 def verify_files(
-    folder: Path, manifest: Manifest, progress: Callable[[int], None] | None = None
+    folder: Path,
+    manifest: Manifest,
+    progress: Callable[[int], None] | None = None,
+    real_name: Callable[[str], str] = str,
 ) -> list[dict[str, Any]]:
     """Hash every file of the manifest.
 
     Args:
         progress: called with the number of bytes read since the call before.
+        real_name: gives the name that a file has now (while an edit comes into force, another).
 
     Returns:
         For each file ``{"file", "bytes", "sha256", "ok": True}``, in the manifest's order.
@@ -207,8 +211,9 @@ def verify_files(
     """
     results = []
     for name, entry in manifest.files.items():
-        check_size(folder / name, find(folder, name).stat().st_size, entry)
-        size, sha256 = hash_file(folder, name, progress)
+        real = real_name(name)
+        check_size(folder / name, find(folder, real).stat().st_size, entry)
+        size, sha256 = hash_file(folder, real, progress)
         check_size(folder / name, size, entry)
         check_sha256(folder / name, sha256, entry)
         results.append({"file": name, "bytes": size, "sha256": sha256, "ok": True})

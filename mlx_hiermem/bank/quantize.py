@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..arrays import real_number
 from ..config import MemoryConfig
 from ..errors import FormatError
 from ..quantization import Quantization
@@ -155,8 +156,8 @@ class Packer:
             # As a fetch will give it: in the bank's dtype.
             again = mx.dequantize(*packed, **options, dtype=matrices.dtype)[:rows]
             again, exact = again.astype(mx.float32), matrices[:rows].astype(mx.float32)
-            self._squares += mx.square(exact).sum().item()
-            errors = mx.square(exact - again).sum().item()
+            self._squares += real_number(mx.square(exact).sum())
+            errors = real_number(mx.square(exact - again).sum())
             if not np.isfinite(errors):
                 raise FormatError(
                     f"{where}: holds numbers too large for {self._packing}; try another mode"

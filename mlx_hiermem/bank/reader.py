@@ -6,7 +6,8 @@ read. A block is one ``preadv``, straight to where it is wanted, which may be in
 Notable:
 - An edit renames new files into place, so what is open here stays as it was, and all that is opened
   belongs to one revision (``journal``).
-- A file that could not be read (a disk that went away) is opened again at the next read.
+- A file that could not be read (a disk that went away) is opened again, at once and at each read
+  from then on.
 """
 
 from __future__ import annotations
@@ -171,15 +172,15 @@ class BlockReader:
             check_size(home / name, find(home, real).stat().st_size, entry)
         small = {CONFIG: 1 << 24, BLOCKED: 1 << 24, CHECKSUMS: size_limit(self.config)}
         for name, limit in small.items():
-            if (entry := self.manifest.files.get(name)) is None:
+            if (known := self.manifest.files.get(name)) is None:
                 continue
-            if entry.bytes > limit:
+            if known.bytes > limit:
                 raise FormatError(
-                    f"{self.folder / name}: {entry.bytes} bytes, expected at most {limit}; "
+                    f"{self.folder / name}: {known.bytes} bytes, expected at most {limit}; "
                     "download the bank again"
                 )
             data = read_bytes(self.folder, self._snapshot.name(name), limit)
-            check_sha256(self.folder / name, hashlib.sha256(data).hexdigest(), entry)
+            check_sha256(self.folder / name, hashlib.sha256(data).hexdigest(), known)
             if name == CHECKSUMS:
                 self._checksum_bytes = data
 
@@ -237,6 +238,10 @@ class BlockReader:
     def place(self, level: int) -> Path:
         """The folder that a level's files lie in."""
         return self._folders.get(level, self.folder)
+
+    def real_name(self, name: str) -> str:
+        """The name that a file of the manifest has now: another while an edit comes into force."""
+        return self._place(name)[1]
 
     def real_path(self, name: str) -> Path:
         """Where a file of the manifest lies now."""
@@ -316,6 +321,14 @@ class BlockReader:
             self._revive(file)
         try:
             return read_scattered(file.fd, pieces, file.offset + start, file.path, cached_only)
+        except ReadError as error:
+            file.failed = True
+            try:
+                self._revive(file)  # its disk may be back already
+            except FormatError:
+                raise error from None
+        try:
+            return read_scattered(file.fd, pieces, file.offset + start, file.path, cached_only)
         except ReadError:
             file.failed = True
             raise
@@ -375,8 +388,9 @@ class BlockReader:
         Raises:
             FormatError: the file is not what it should be.
         """
-        if self._checksums is None and self._checksum_bytes is not None:
-            path = self.folder / CHECKSUMS
-            self._checksums = read_checksums(path, self._checksum_bytes, self.config)
-            self._checksum_bytes = None
+        if self._checksums is None:
+            data = self._checksum_bytes  # another thread may be at it
+            if data is not None:
+                self._checksums = read_checksums(self.folder / CHECKSUMS, data, self.config)
+                self._checksum_bytes = None
         return self._checksums

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from ..owner import Owner
+
 #: Where a block may come from; see :class:`BlockReport`.
 SOURCES = (
     "resident", "cached", "disk", "kept", "prefetched", "batch", "blocked", "removed", "absent",
@@ -112,6 +114,7 @@ class FetchedMemory:
     def share(self) -> FetchedMemory:
         """The same memory for somebody else, who releases it too."""
         if self._loan is not None:
+            self._loan.owner.check()
             self._loan.holders += 1
         blocks = [
             block if block.source in OF_ZEROS else replace(block, source="batch", ms=0.0)
@@ -126,7 +129,12 @@ class FetchedMemory:
         is still lazy would read the next memory. Without it the buffer is freed when the last array
         that refers to it is gone, which is always safe and only costs the next fetch a new buffer.
         Calling it again does nothing.
+
+        Raises:
+            ThreadError: in another thread than the bank's.
         """
+        if self._loan is not None:
+            self._loan.owner.check()
         loan, self._loan = self._loan, None
         if loan is not None:
             loan.holders -= 1
@@ -136,7 +144,8 @@ class FetchedMemory:
 
 @dataclass
 class Loan:
-    """A buffer that is lent to one or more holders of the same memory."""
+    """A buffer that is lent to one or more holders of the same memory, in the owner's thread."""
 
     give_back: Callable[[], None]
+    owner: Owner
     holders: int = 1

@@ -102,6 +102,7 @@ class Slot:
 def unpack(raw: mx.array, layout: StoredLayout) -> mx.array:
     """Joined stored bytes of a quantised bank, (nbytes,) uint8, as numbers (fetch_size,)."""
     packing, dtype = layout.config.packing, _MLX[layout.config.dtype]
+    assert packing is not None, "of a quantised bank"
     kinds = [mx.uint32, *[dtype if packing.mode == "affine" else mx.uint8] * 2]
     parts: dict[int, list[mx.array]] = {}
     for strip in layout.strips:
@@ -110,14 +111,18 @@ def unpack(raw: mx.array, layout: StoredLayout) -> mx.array:
         part = raw[begin : begin + size].view(kinds[strip.part])
         parts.setdefault(strip.part, []).append(part.reshape(strip.count * layout.rank, -1))
     # All parts are cut at the same matrices, because equal widths give equal bytes in each.
-    options = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
     numbers = []
     for matrices in zip(*(parts[part] for part in sorted(parts)), strict=True):
         rows = len(matrices[0])
         if matrices[1].size % 2 and packing.mode == "nvfp4":
             # MLX on a CPU unpacks nvfp4 by two groups: a row more, and they are even.
-            matrices = [mx.concatenate([part, part[-1:]]) for part in matrices]
-        numbers.append(mx.dequantize(*matrices, **options, dtype=dtype)[:rows].reshape(-1))
+            matrices = tuple(mx.concatenate([part, part[-1:]]) for part in matrices)
+        packed, scales, biases = matrices if len(matrices) == 3 else (*matrices, None)
+        unpacked = mx.dequantize(
+            packed, scales, biases,
+            group_size=packing.group_size, bits=packing.bits, mode=packing.mode, dtype=dtype,
+        )  # fmt: skip
+        numbers.append(unpacked[:rows].reshape(-1))
     return numbers[0] if len(numbers) == 1 else mx.concatenate(numbers)
 
 

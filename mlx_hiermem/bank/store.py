@@ -6,7 +6,8 @@ Notable:
   and stay open.
 - Three tiers (``tiers``): resident levels, a cache of blocks fetched before, the disk. The first
   two stay under one budget of bytes together.
-- A bank belongs to one thread: MLX arrays are made on the thread that calls.
+- A bank belongs to the thread that opens it: MLX arrays are made on the thread that calls. All that
+  reads or changes what it holds refuses any other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
+from ..owner import Owner
 from .address import check_block, check_path
 from .blocked import removed_error
 from .cache import BlockCache
@@ -51,9 +53,12 @@ class MemoryBank:
         memory_budget: bytes that resident and cached blocks may take together. The buffers that are
             computed from are not counted: one fetched memory for each in use.
         uses: how often each block, as (level, cluster), was on a path that was fetched.
+
+    Its methods raise ThreadError in any other thread than the one that opened it.
     """
 
     def __init__(self, reader: BlockReader, tiers: Tiers, check_blocks: bool = False) -> None:
+        self._owner = Owner(f"{reader.folder}: the bank")
         self.folder = reader.folder
         self.config = reader.config
         self.revision = reader.manifest.revision
@@ -165,6 +170,10 @@ class MemoryBank:
 
     def close(self) -> None:
         """Close the files and drop the blocks held. A closed bank cannot be used again."""
+        self._owner.check()  # a read that is under way would find another file under its number
+        self._close()
+
+    def _close(self) -> None:
         if self._closed:
             return
         self._closed = True
@@ -183,10 +192,12 @@ class MemoryBank:
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the end of the interpreter modules may be gone already, and files are closed anyway.
+        # Whatever thread this is, no other has the bank any more.
         if not getattr(self, "_closed", True) and not ending():
-            self.close()
+            self._close()
 
     def _check_open(self) -> None:
+        self._owner.check()
         if self._closed:
             raise FormatError(f"{self.folder}: the bank was closed; open it again")
 
@@ -226,7 +237,7 @@ class MemoryBank:
         requests = [self._request(path, off) for path in paths]
         places: dict[tuple[int, Key], Slot] = {}
         unused: list[Slot] = []  # kept until the end, for the blocks that they hold
-        distinct: dict[tuple, FetchedMemory] = {}
+        distinct: dict[tuple[Any, ...], FetchedMemory] = {}
         results: list[FetchedMemory] = []
         try:
             for request in requests:
@@ -322,7 +333,9 @@ class MemoryBank:
                 self._keep(slot, step)
             places[step.level, step.key] = slot
         report = FetchReport([self._report(request, step) for step in steps])
-        loan = Loan(partial(self._pool.give_back, slot)) if slot.computed_from else None
+        loan = None
+        if slot.computed_from:
+            loan = Loan(partial(self._pool.give_back, slot), self._owner)
         report.ms = (perf_counter() - start) * 1e3
         return FetchedMemory(joined, report, partial(split, self._layout), loan), slot
 
@@ -387,6 +400,7 @@ class MemoryBank:
         Raises:
             PathError: there is no such block.
         """
+        self._owner.check()
         key = check_block(self.config, (level, cluster))
         self._blocked.add(key)
         self._cache.discard(key)
@@ -397,12 +411,18 @@ class MemoryBank:
         Raises:
             PathError: there is no such block, or it was removed.
         """
+        self._owner.check()
         key = check_block(self.config, (level, cluster))
         if key in self.removed and key not in self._blocked:
             raise removed_error(self.folder, *key)
         self._blocked.discard(key)
 
     # ---- looking -----------------------------------------------------------------------
+
+    def file_name(self, name: str) -> str:
+        """The name that a file of the bank has now in its folder: another than that of the format
+        while an edit comes into force."""
+        return self._reader.real_name(name)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
         """Read everything again and compare it with the manifest and the checksums of blocks.
@@ -428,6 +448,7 @@ class MemoryBank:
     @property
     def bytes_held(self) -> int:
         """Bytes of the resident and cached blocks."""
+        self._owner.check()
         held = sum(rows.nbytes for shards in self._resident.values() for rows in shards.values())
         return held + self._cache.bytes
 

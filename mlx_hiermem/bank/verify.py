@@ -41,7 +41,8 @@ def verify_bank(
     report = progress or (lambda count: None)
     files = reader.manifest.files
     others = {name: entry for name, entry in files.items() if level_of(name) is None}
-    results = verify_files(reader.folder, Manifest(others, reader.manifest.revision), progress)
+    manifest = Manifest(others, reader.manifest.revision)
+    results = verify_files(reader.folder, manifest, progress, reader.real_name)
     layout = StoredLayout(reader.config)
     for level in reader.config.memory_levels:
         block = reader.stored(level, None).view(np.uint8)

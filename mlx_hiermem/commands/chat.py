@@ -28,6 +28,8 @@ from .tables import show_fetch, show_path, show_speed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import mlx.core as mx
+
     from ..engine import MemoryLM, Response
     from ..refetch import Refetch
 
@@ -80,7 +82,7 @@ class Chat:
         lm: MemoryLM,
         memory: str,
         max_tokens: int,
-        sampler: Callable | None,
+        sampler: Callable[[mx.array], mx.array] | None,
         refetch: Refetch | str = "turn",
     ) -> None:
         from ..conversation import Conversation

@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from ..config import DTYPE_BYTES
 from ..errors import InputError
@@ -163,7 +164,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars: bytes per second and the time left, for what takes two seconds."""
     from tqdm import tqdm
 
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, tqdm[Any]] = {}
 
     def progress(what: str, total: int, count: int) -> None:
         if what not in bars:

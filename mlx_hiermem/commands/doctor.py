@@ -66,8 +66,8 @@ def diagnose(folder: Path = Path()) -> dict[str, Any]:
         "free": shutil.disk_usage(folder).free,
         "bytes_per_second": speed,
     }
-    versions = {"mlx_hiermem": __version__, "python": platform.python_version()}
-    versions["platform"] = platform.platform()
+    versions: dict[str, str | None] = {"mlx_hiermem": __version__}
+    versions |= {"python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: _version(name) for name in PACKAGES}
     return {
         "device": device,
@@ -150,8 +150,12 @@ def too_old() -> list[tuple[str, str, str]]:
     """(name, version, what is wanted) of packages that do not fit what this package asks for."""
     from packaging.requirements import InvalidRequirement, Requirement
 
+    try:
+        texts = metadata.requires("mlx-hiermem") or []
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        texts = []
     found = []
-    for text in metadata.requires("mlx-hiermem") or ():
+    for text in texts:
         try:
             wanted = Requirement(text)
         except InvalidRequirement:

@@ -27,7 +27,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..evaluation import perplexity
 
     if args.text is None:
-        raise InputError(ONLY["--text"])
+        raise InputError(
+            "--task perplexity: no documents are given; name them with --text FILE (.jsonl with a "
+            "text a line, or .txt with blank lines between them)"
+        )
     documents = perplexity.read_documents(args.text)[: args.limit]
     result = perplexity.compare(load_model(args), documents)
     rows = [[memory, f"{result[memory]:.3f}"] for memory in perplexity.MEMORIES]

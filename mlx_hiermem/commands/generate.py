@@ -60,11 +60,10 @@ def run(args: argparse.Namespace) -> int:
     memory = args.memory if args.path is None else args.path
     pieces = lm.stream(prompt, memory, args.max_tokens, sampler, text, refetch)
     if args.json:
-        pieces = list(pieces)
-        answer = "".join(piece.text for piece in pieces)
-        given = to_dict(answer, pieces[-1])
+        *_, last = found = list(pieces)
+        given = to_dict("".join(piece.text for piece in found), last)
         if refetch.when == "tokens":
-            given["refetches"] = pieces[-1].refetches
+            given["refetches"] = last.refetches
         print(json.dumps(given, ensure_ascii=False))
         return 0
     _, last = write(pieces)
@@ -235,11 +234,13 @@ def prepare(lm: MemoryLM, args: argparse.Namespace) -> Callable[..., Any]:
 
 def write(pieces: Iterator[Response]) -> tuple[str, Response]:
     """Write an answer to stdout as it comes; returns it, and its last piece."""
-    answer, last = "", None
+    answer = ""
+    last: Response | None = None
     for last in pieces:
         answer += last.text
         print(last.text, end="", flush=True)
     print(flush=True)
+    assert last is not None, "every answer has a last piece, which says why it ended"
     return answer, last
 
 

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..making import make_model
 
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, tqdm[Any]] = {}
 
     def progress(what: str, total: int, count: int) -> None:
         if what not in bars:

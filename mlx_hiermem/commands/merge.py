@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..training.merge import MergeReport
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models import find_model
     from ..training.merge import merge
 
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, tqdm[Any]] = {}
 
     def progress(what: str, count: int, total: int) -> None:
         if what not in bars:

@@ -180,6 +180,23 @@ def memory_folder(args: argparse.Namespace) -> Path:
     return find_model(args.model, args.revision, Part.of(args.levels, args.subtrees)) / "memory"
 
 
+def editable_folder(args: argparse.Namespace) -> Path:
+    """As :func:`memory_folder`, for a command that changes the bank.
+
+    Raises:
+        InputError: it is of a model that ships with the package, which everybody takes as it is.
+    """
+    from ..models import is_shipped
+
+    folder = memory_folder(args)
+    if is_shipped(folder):
+        raise InputError(
+            f"{args.model or folder}: ships with the package and is not changed; copy it first "
+            f"(cp -r {folder.parent} my-model), and give --model my-model"
+        )
+    return folder
+
+
 def open_bank(args: argparse.Namespace) -> MemoryBank:
     """Open the bank alone that the options of :func:`add_model_arguments` name.
 

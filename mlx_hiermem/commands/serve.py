@@ -239,7 +239,7 @@ async def serve(
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(scheduler, facts, settings),
-            http=Connection,  # type: ignore[arg-type]
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -108,14 +108,17 @@ def read_settings(cls: type[T], args: argparse.Namespace) -> Settings[T]:
     if missing:
         names = ", ".join(setting.flag or f"{setting.name} in the file" for setting in missing)
         one = len(missing) == 1
+        words = missing[0].field.metadata.get("help") if one else None
         raise InputError(
-            f"{names} {'is' if one else 'are'} missing; give {'it' if one else 'them'} as a flag, "
-            f"or in the file of --config ({missing[0].name}: ...)"
+            f"{names} {'is' if one else 'are'} missing{f' ({words})' if words else ''}; give "
+            f"{'it' if one else 'them'} as a flag, or in the file of --config "
+            f"({missing[0].name}: ...)"
         )
     values = {setting.name: setting.default() for setting in settings if setting.has_default}
     values |= given
-    if hasattr(cls, "defaults"):
-        values |= cls.defaults(dict(values)) | given
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] | None = getattr(cls, "defaults", None)
+    if defaults is not None:
+        values |= defaults(dict(values)) | given
     return Settings(cls(**values), sources)
 
 

@@ -271,12 +271,14 @@ def _train_in(
             if config.with_memory:
                 corpus.tree()  # is checked by that; it goes into the model
                 setup.check_encoder(corpus, start.anchor, config.trains_anchor)
-                name = Path(values.model or values.anchor).name
+                anchor = values.model or values.anchor
+                assert anchor is not None, "one of them is given: _check"
                 bank = None if values.fresh_memory else setup.bank_folder(start)
-                layers = values.memory_layers and ",".join(values.memory_layers)
-                given = values.ranks, layers, values.bank_dtype, values.kind
-                chosen = setup.like_bank(corpus, bank, *given)
-                memory = setup.memory_config(corpus, start.anchor, name, *chosen)
+                layers = ",".join(values.memory_layers) if values.memory_layers else None
+                chosen = setup.like_bank(
+                    corpus, bank, values.ranks, layers, values.bank_dtype, values.kind
+                )
+                memory = setup.memory_config(corpus, start.anchor, Path(anchor).name, *chosen)
                 model = attach(start.anchor, memory)
                 if values.subtree is not None:
                     sequences, held_out = setup.of_subtree(corpus, memory, values.subtree)
@@ -326,12 +328,13 @@ def _write(
     from ..training import results
 
     if values.subtree is not None:
+        assert memory is not None, "a subtree is of regime frozen, which has memories: _check"
         out = values.run / "subtree"
-        results.write_subtree_result(out, trainer, corpus, memory, values.subtree, identity)
+        results.write_subtree_result(out, trainer, corpus, start, memory, values.subtree, identity)
         return {"subtree": str(out)}
     out = values.run / "model"
     card = results.model_card(trainer, corpus, memory, result)
-    results.write_model(out, trainer, corpus, start, memory, card)
+    results.write_model(out, trainer, start, memory, card)
     return {"model": str(out)}
 
 

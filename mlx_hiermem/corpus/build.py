@@ -176,7 +176,7 @@ def _map(
         runner.run(factory, items, report)
 
 
-def _bar(what: str, total: int, unit: str) -> tqdm:
+def _bar(what: str, total: int, unit: str) -> tqdm[Any]:
     return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=None)
 
 
@@ -209,7 +209,9 @@ def _write_splits(
             continue
         with tqdm(desc=f"packing {name}", disable=None) as bar:
 
-            def progress(what: str, done: int, total: int, bar: tqdm = bar, name=name) -> None:
+            def progress(
+                what: str, done: int, total: int, bar: tqdm[Any] = bar, name: str = name
+            ) -> None:
                 bar.set_description(f"{what} {name}", refresh=False)
                 bar.total, bar.n = total, done
                 bar.refresh()

@@ -84,20 +84,21 @@ def choose_encoder(
         FormatError: files are damaged or cannot be written.
     """
     given = None if config.tree is None else _encoder_of_tree(config.tree)
+    place = config.tree or Path(".")  # of the encoder that is given
     if config.encoder is None and given is not None:
-        found = _copied(given, config.tree, work.routing, config.encoder_max_length)
+        found = _copied(given, place, work.routing, config.encoder_max_length)
     elif config.encoder == EMBEDDINGS:
         found = given or {"type": EMBEDDINGS}
         if found["type"] != EMBEDDINGS:
             raise _another(config, found)
     else:
         name = config.encoder or DEFAULT_ENCODER
-        wanted = {"type": "bert", "model": name}
+        wanted: dict[str, Any] = {"type": "bert", "model": name}
         length = config.encoder_max_length or (given or {}).get("max_length")
         wanted["max_length"] = length or _max_length(wanted)
-        if given is not None and _identity(given, config.tree) != _identity(wanted, Path(".")):
+        if given is not None and _identity(given, place) != _identity(wanted, Path(".")):
             raise _another(config, given)
-        found = _copied(given or wanted, config.tree or Path("."), work.routing, None)
+        found = _copied(given or wanted, place, work.routing, None)
     if found["type"] != EMBEDDINGS:
         return Chosen(found, None)
     if model is None:
@@ -107,8 +108,8 @@ def choose_encoder(
         )
     sha256 = _write_table(work, model)
     if given is not None:
-        _check_table(config, sha256)
-        found = _copied(given, config.tree, work.routing, None)
+        _check_table(config, place, sha256)
+        found = _copied(given, place, work.routing, None)
     else:
         found = _fit(work, config, units, windower)
     return Chosen(found, sha256)
@@ -214,9 +215,9 @@ def _write_table(work: WorkFolder, model: Path) -> str:
     return hashlib.sha256(table.tobytes()).hexdigest()
 
 
-def _check_table(config: CorpusConfig, sha256: str) -> None:
+def _check_table(config: CorpusConfig, tree: Path, sha256: str) -> None:
     """Raise ConfigError where the tree was grown with the embeddings of another anchor."""
-    beside = config.tree.resolve().parent
+    beside = tree.resolve().parent
     if (beside / INFO).is_file():
         theirs = read_json(beside / INFO).get("embedding_sha256")
     elif (beside / "config.json").is_file():  # memory/ of a model folder

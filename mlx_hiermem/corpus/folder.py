@@ -209,6 +209,8 @@ def _read_leaves(path: Path, count: int, info: CorpusInfo) -> np.ndarray:
         leaves = np.fromfile(path, "<i8", count, offset=offset)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(leaves) != count:  # NumPy does not tell of a read that fails
+        raise FormatError(f"{path}: cannot be read to its end; copy it again or run cluster again")
     if leaves.min() < 0 or leaves.max() >= info.leaves:
         raise FormatError(
             f"{path}: holds a leaf beyond the {info.leaves} of the tree; copy it again or run "
@@ -240,7 +242,9 @@ def _check_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> int:
         raise wrong("no such file") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except FormatError:
+        raise
+    except Exception:  # NumPy reads the header as a piece of Python, which may fail in any way
         raise wrong("not a .npy file: its header cannot be read") from None
     if found_dtype != dtype or found_shape != shape or (fortran and len(shape) > 1):
         order = " in Fortran order" if fortran else ""

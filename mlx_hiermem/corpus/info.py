@@ -298,9 +298,12 @@ class CorpusInfo:
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
+            if not path.parent.is_dir():
+                found = f"{folder}: no such folder; expected a corpus"
+            else:
+                found = f"{path}: no such file; the folder is not a corpus, or not to its end"
             raise FormatError(
-                f"{path}: no such file; the folder is not a corpus, or `cluster` did not come to "
-                "its end: run it (again)"
+                f"{found}: make it with `mlx_hiermem cluster --data DOCUMENTS --out FOLDER`"
             ) from None
         except OSError as error:
             raise FormatError(f"{path}: cannot be read ({error.strerror})") from None

@@ -8,6 +8,7 @@ and nothing has to fit in memory. Which windows follows from the seed alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,7 @@ def name_clusters(
             progress(done, clusters)
 
     names = name_tree(texts, branching, named, report)
+    assert names is not None, "there are levels to name"
     names.save(work.routing)
     work.name_sample.unlink()
 
@@ -122,7 +124,7 @@ def _copy(
     return np.memmap(work.name_sample, "<u4", "r", shape=(len(chosen), TOKENS))
 
 
-def _decode(tokenizer, tokens: list[list[int]]) -> list[str]:
+def _decode(tokenizer: Any, tokens: list[list[int]]) -> list[str]:
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.decode_batch(tokens, skip_special_tokens=True)
     return [tokenizer.decode(one, skip_special_tokens=True) for one in tokens]

@@ -46,7 +46,7 @@ def place(
     work: WorkFolder,
     records: Sequence[UnitRecord],
     config: CorpusConfig,
-    report: Callable[[int], None] | None = None,
+    report: Callable[[int], object] | None = None,
 ) -> Placements:
     """Place every window of every part.
 

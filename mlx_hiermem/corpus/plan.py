@@ -132,6 +132,7 @@ def begin(
         folder.mkdir(parents=True, exist_ok=True)
     model = None if config.model is None else find_model(config.model)
     source = config.tokenizer or model
+    assert source is not None, "a CorpusConfig has one of them"
     copy_tokenizer(source, work.tokenizer)
     end_of_text = find_end_of_text(source, load_tokenizer(work.tokenizer))
     windower = Windower(work.tokenizer, config.window, end_of_text)

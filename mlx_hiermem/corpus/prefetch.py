@@ -5,9 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+_Told: TypeAlias = (
+    tuple[Literal["item"], T] | tuple[Literal["error"], BaseException] | tuple[Literal["end"], None]
+)
 
 
 def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
@@ -16,36 +20,36 @@ def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
     Whatever ``items`` raises is raised here, in its place. ``items`` must not touch MLX: arrays
     belong to the thread that makes them.
     """
-    ready: queue.Queue[tuple[str, object]] = queue.Queue(ahead)
+    ready: queue.Queue[_Told[T]] = queue.Queue(ahead)
     stop = threading.Event()
 
-    def put(kind: str, value: object) -> None:
+    def put(told: _Told[T]) -> None:
         while not stop.is_set():
             try:
-                return ready.put((kind, value), timeout=0.1)
+                return ready.put(told, timeout=0.1)
             except queue.Full:
                 continue
 
     def work() -> None:
         try:
             for item in items:
-                put("item", item)
+                put(("item", item))
                 if stop.is_set():
                     return
-            put("end", None)
+            put(("end", None))
         except BaseException as error:  # told to the thread that waits for the items
-            put("error", error)
+            put(("error", error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
-            kind, value = ready.get()
-            if kind == "end":
+            told = ready.get()
+            if told[0] == "end":
                 return
-            if kind == "error":
-                raise value
-            yield value
+            if told[0] == "error":
+                raise told[1]
+            yield told[1]
     finally:
         stop.set()
         thread.join()

@@ -78,7 +78,7 @@ def read_private(
     most: int,
     text_field: str = "text",
     views: Sequence[str] = DEFAULT_VIEWS,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> PrivateCorpus:
     """Read documents, as ``cluster`` does.
 
@@ -134,7 +134,7 @@ def read_private(
 
 
 def encode(
-    encoder: Encoder, texts: Sequence[str], progress: Callable[[int], None] | None = None
+    encoder: Encoder, texts: Sequence[str], progress: Callable[[int], object] | None = None
 ) -> np.ndarray:
     """(n, c) float32: the vectors of texts, in batches; ``progress`` gets the texts of each."""
     vectors = np.empty((len(texts), encoder.width), np.float32)
@@ -174,7 +174,11 @@ def grow_subtree(
         mine = of == root
         # A root that nothing reached: nothing tells what is below it apart.
         members = vectors[order][mine[order]] if mine.any() else top[root][None]
-        tree = grow(lambda members=members: [members], branching, levels - 1, seed=seed + root)
+
+        def stream(members: np.ndarray = members) -> list[np.ndarray]:
+            return [members]
+
+        tree = grow(stream, branching, levels - 1, seed=seed + root)
         found[root] += tree.centroids
         if mine.any():
             leaves[mine] = tree.assign(vectors[mine])[0][:, -1]
@@ -188,7 +192,7 @@ def find_radius(
     branching: int,
     levels: int,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> float:
     """How far from its leaf (L2) a text that is about the documents may be expected to lie.
 

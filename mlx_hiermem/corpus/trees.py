@@ -49,24 +49,26 @@ def take_tree(config: CorpusConfig, routing: Path, width: int) -> None:
         InputError: it is not of the shape that is asked for, or of another width.
         FormatError: it is missing or damaged, or its names are.
     """
-    tree = load_tree(config.tree)
+    folder = config.tree
+    assert folder is not None, "a tree is given"
+    tree = load_tree(folder)
     for name in ("branching", "levels"):
         asked, found = getattr(config, name), getattr(tree, name)
         if asked not in (None, found):
             raise InputError(
-                f"--{name} is {asked}, but the tree in {config.tree} has {found}; leave it out"
+                f"--{name} is {asked}, but the tree in {folder} has {found}; leave it out"
             )
     if tree.width != width:
         raise InputError(
-            f"{config.tree / TREE}: grown on vectors {tree.width} wide, the encoder gives {width}; "
+            f"{folder / TREE}: grown on vectors {tree.width} wide, the encoder gives {width}; "
             "leave --encoder out to take the tree's own"
         )
-    names = ClusterNames.load(config.tree)
+    names = ClusterNames.load(folder)
     if names is not None:
         names = names.of_tree(tree.branching)
         names.check(tree.branching, tree.levels)
         names.save(routing)
-    copy_files(config.tree, routing, [TREE])
+    copy_files(folder, routing, [TREE])
 
 
 def has_names(folder: Path) -> bool:
@@ -107,7 +109,7 @@ def grow_tree(
                 )
         return
     rows = _training_rows(work, records, config)
-    k, p = settings["branching"], settings["levels"]
+    k, p = _shape(config)
     if rows.windows < k**p:
         raise InputError(_too_few(rows.windows, k, p))
     vectors = _sample(work, records, rows, config)
@@ -127,11 +129,17 @@ def grow_tree(
     work.sample.unlink()
 
 
+def _shape(config: CorpusConfig) -> tuple[int, int]:
+    """k and p of the tree that is grown."""
+    return config.branching or DEFAULT_BRANCHING, config.levels or DEFAULT_LEVELS
+
+
 def _settings(config: CorpusConfig) -> dict[str, int | float]:
     """What the tree depends on besides the vectors."""
+    branching, levels = _shape(config)
     return {
-        "branching": config.branching or DEFAULT_BRANCHING,
-        "levels": config.levels or DEFAULT_LEVELS,
+        "branching": branching,
+        "levels": levels,
         "tree_samples": config.tree_samples,
         "validation": config.validation,
     }

@@ -73,6 +73,7 @@ def view_texts(views: Sequence[str], text: str, fields: Mapping[str, Sequence[st
     """
     found: dict[str, None] = {}
     for view in views:
+        texts: Sequence[str]
         if view in VIEWS:
             texts = VIEWS[view](text)
         else:

@@ -145,9 +145,10 @@ class WorkFolder:
         path = self.part(unit, number, f"{what}.npy")
         try:
             return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # NumPy reads the header as a piece of Python
+            reason = " ".join(str(error).split())[:120]
             raise FormatError(
-                f"{path}: cannot be read ({error}); remove {unit}.json beside it and run again"
+                f"{path}: cannot be read ({reason}); remove {unit}.json beside it and run again"
             ) from None
 
 

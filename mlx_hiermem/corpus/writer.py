@@ -103,7 +103,7 @@ def write_split(
     order = np.random.default_rng(seed).permutation(plan.sequences)
     rows = max(1, shard_bytes // (length * dtype.itemsize))
     _make(folder)
-    shards = []
+    shards: list[ShardInfo] = []
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
         gather = _Gather(placed, pieces, plan, chosen, length, dtype)
@@ -149,7 +149,8 @@ def _collect(placed: Sequence[Placed], length: int, dtype: np.dtype) -> _Pieces:
         )
     empty = [np.empty(0, kind) for kind in (np.int32, np.int64, np.int64, np.int64)]
     joined = [np.concatenate(column) for column in zip(*columns, strict=True)] or empty
-    return _Pieces(*joined, documents, tokens)
+    parts, starts, lengths, leaves = joined
+    return _Pieces(parts, starts, lengths, leaves, documents, tokens)
 
 
 class _Gather:
@@ -215,12 +216,10 @@ class _Gather:
 
 
 def _write_shard(folder: Path, number: int, tokens: np.ndarray, leaves: np.ndarray) -> ShardInfo:
-    names = [f"{number:05d}.{kind}.npy" for kind in ("tokens", "leaves")]
-    digests = [
-        _write_array(folder, name, array)
-        for name, array in zip(names, (tokens, leaves.astype("<i8")), strict=True)
-    ]
-    return ShardInfo(*names, len(tokens), *digests)
+    of_tokens, of_leaves = f"{number:05d}.tokens.npy", f"{number:05d}.leaves.npy"
+    tokens_sha256 = _write_array(folder, of_tokens, tokens)
+    leaves_sha256 = _write_array(folder, of_leaves, leaves.astype("<i8"))
+    return ShardInfo(of_tokens, of_leaves, len(tokens), tokens_sha256, leaves_sha256)
 
 
 def _write_array(folder: Path, name: str, array: np.ndarray) -> str:

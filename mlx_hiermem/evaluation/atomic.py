@@ -136,6 +136,7 @@ def _number(lm: MemoryLM, control: MemoryLM | None, prompt: str, condition: str)
     if condition == "blocked":
         options = {"memory": "fetched", "blocked": on_path(lm, lm.route(prompt).ids)}
     elif condition == CONDITIONS[-1]:
+        assert control is not None, "without one the condition is left out"
         lm, options = control, {"memory": "none"}
     text = ""
     for piece in lm.stream(prompt, max_tokens=MAX_TOKENS, **options):

@@ -33,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import scoring
+from ..arrays import load_arrays
 from ..errors import FormatError, InputError
 from ..memories import attach
 from .questions import Question, read_questions, write_questions
@@ -137,7 +138,7 @@ def ask(
     pairs: Sequence[tuple[str, str]],
     memories: Sequence[Any],
     fetch: Fetch | None = None,
-    bar: tqdm | None = None,
+    bar: tqdm[Any] | None = None,
 ) -> Answers:
     """Ask questions in batches, each with its own memory.
 
@@ -235,7 +236,7 @@ def load_control(lm: MemoryLM, path: str | Path) -> MemoryLM:
 
     anchor = type(lm.model.anchor)(lm.model.args)
     try:
-        weights = mx.load(str(path))
+        weights = load_arrays(path)
         if hasattr(anchor, "sanitize"):
             weights = anchor.sanitize(weights)
         anchor.load_weights(list(weights.items()))

@@ -23,7 +23,7 @@ and it counts as something if it is more than two standard errors (``Leakage.ver
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,9 @@ def of_topic(
         InputError: there are none.
     """
     levels = lm.bank.config.memory_levels
-    paths = lm.assign([question.prompt for question in questions]) if questions else []
+    paths: Iterable[np.ndarray] = []
+    if questions:
+        paths = lm.assign([question.prompt for question in questions])
     found = [
         question
         for question, path in zip(questions, paths, strict=True)
@@ -275,7 +277,7 @@ def _known(
     questions: Sequence[Question],
     candidates: Sequence[Sequence[str]],
     asks: list[list[_Ask]],
-    bar: tqdm,
+    bar: tqdm[Any],
 ) -> Known:
     if len(asks) > 1:  # exact answers alone; one of them is enough
         exact = np.zeros(len(questions), bool)
@@ -298,7 +300,7 @@ def _scored(
     questions: Sequence[Question],
     candidates: Sequence[Sequence[str]],
     asks: Sequence[_Ask],
-    bar: tqdm,
+    bar: tqdm[Any],
 ) -> Iterator[tuple[int, tuple[list[float], list[bool]]]]:
     """For each question log-probabilities of its true answer and of the candidates, and whether
     each is the greedy one."""

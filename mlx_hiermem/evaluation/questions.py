@@ -107,7 +107,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     except FileNotFoundError:
         raise FormatError(
             f"{path}: no such file; expected the held-out questions of a model that is measured "
-            "on facts"
+            "on facts; `evaluate --task perplexity --text FILE` measures any model"
         ) from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: not readable gzip text ({error}); get it again") from None

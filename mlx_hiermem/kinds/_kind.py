@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,8 +32,13 @@ class Kind(ABC):
         matrices: their names, in the order of a block; PyTorch banks have them in their keys.
     """
 
-    groups: ClassVar[tuple[int, ...]]
-    matrices: ClassVar[tuple[str, ...]]
+    @property
+    @abstractmethod
+    def groups(self) -> tuple[int, ...]: ...
+
+    @property
+    @abstractmethod
+    def matrices(self) -> tuple[str, ...]: ...
 
     @abstractmethod
     def row_widths(self, shape: AnchorShape) -> tuple[int, ...]:
@@ -68,7 +73,7 @@ def replace_call(module: nn.Module, forward: Forward) -> None:
 
     Its class changes, not its place: names, weights, saving and quantising stay as they were.
     """
-    base = type(module)
+    base: Any = type(module)  # any class: known when it runs only
 
     class WithMemory(base):
         anchor_class = base

@@ -55,7 +55,10 @@ class FFN(Kind):
 
         def forward(base: Callable[..., mx.array], x: mx.array) -> mx.array:
             out, memory = base(x), lookup()
-            return out if memory is None else with_branch(out, x, *memory, activation)
+            if memory is None:
+                return out
+            m12, m3 = memory
+            return with_branch(out, x, m12, m3, activation)
 
         yield ffn, forward
 

@@ -61,7 +61,9 @@ class KV(Kind):
             call.queries = None
             if memory is None:
                 return base(heads)
-            extra = attend(normed(found), *memory, shape, scale)
+            assert found is not None, "q_proj is called before o_proj"
+            keys, values = memory
+            extra = attend(normed(found), keys, values, shape, scale)
             return base(heads + extra.astype(heads.dtype))
 
         yield attention.q_proj, queries

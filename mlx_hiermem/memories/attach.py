@@ -25,7 +25,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from .. import kinds
 from ..config import AnchorShape, MemoryConfig
 from ..errors import ConfigError, InputError
-from ..kinds._kind import Matrices, NoPlace, replace_call, restore_call
+from ..kinds._kind import Forward, Matrices, NoPlace, replace_call, restore_call
 from ..shapes import arguments_of
 from .layout import JoinedLayout
 from .start import start_block
@@ -198,7 +198,7 @@ def attach(anchor: nn.Module, config: MemoryConfig) -> MemoryModel:
         raise ConfigError("the anchor has a memory already; load it afresh")
     model = MemoryModel(anchor, config)
     kind = kinds.find(config.kind)
-    changes = []  # all are found before the first is made
+    changes: list[tuple[nn.Module, Forward]] = []  # all are found before the first is made
     for position, index in enumerate(config.memory_layers(shape)):
         try:
             changes += kind.forwards(layers[index], shape, model._call.lookup(position))

@@ -72,8 +72,9 @@ class JoinedLayout:
         """The arrays of a prompt cache's entry, layer by layer; None where it holds no memory."""
         if arrays[0] is None:
             return None
+        held = [one for one in arrays if one is not None]  # where one is, all are
         step = len(self.groups)
-        return [tuple(arrays[start : start + step]) for start in range(0, len(arrays), step)]
+        return [tuple(held[start : start + step]) for start in range(0, len(held), step)]
 
     def split(self, matrices: Sequence[Matrices]) -> list[mx.array]:
         """Matrices, or their gradients, back to blocks (B, s_l), one array per level."""

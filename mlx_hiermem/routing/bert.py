@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..arrays import load_arrays
 from ..errors import ConfigError, FormatError
 from .encoder import Encoder, check_texts
 
@@ -219,10 +220,10 @@ class BertEncoder(Encoder):
         for row, tokens in enumerate(batch):
             ids[row, : len(tokens)] = tokens
             mask[row, : max(1, len(tokens))] = True
-        mask = mx.array(mask)
-        states = self.model(mx.array(ids), mask)  # (B, T, d)
+        real = mx.array(mask)
+        states = self.model(mx.array(ids), real)  # (B, T, d)
         # The division by the number of tokens would be undone by the normalisation.
-        total = (states * mask[..., None]).sum(axis=1)  # (B, d)
+        total = (states * real[..., None]).sum(axis=1)  # (B, d)
         length = mx.linalg.norm(total, axis=-1, keepdims=True)
         return np.array(total / mx.maximum(length, 1e-12))
 
@@ -287,10 +288,12 @@ def _find(model: str, revision: str | None, folder: Path) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the Hub client raises many kinds: network, missing, gated, ...
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(reason) > 120:
+            reason = f"{reason[:119]}…"
         raise ConfigError(
-            f"encoder: {model} cannot be fetched from the Hub ({reason[:200]}); check the "
-            "network, or give a folder that holds the model"
+            f"encoder: {model} cannot be fetched from the Hub ({reason}); check the network, or "
+            "give a folder that holds the model; `cluster --encoder embeddings` needs neither"
         ) from None
 
 
@@ -313,7 +316,7 @@ def _load_weights(network: Bert, path: Path) -> None:
     if not path.is_file():
         raise FormatError(f"{path}: no such file; the encoder's weights must be safetensors")
     try:
-        weights = Bert.sanitize(mx.load(str(path)))
+        weights = Bert.sanitize(load_arrays(path))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise FormatError(f"{path}: not a readable safetensors file ({reason})") from None

@@ -98,7 +98,7 @@ class EmbeddingEncoder(Encoder):
     def _vector(self, ids: np.ndarray) -> np.ndarray:
         total = self._table[ids].sum(axis=0, dtype=np.float64)
         rest = total - (self.components @ total) @ self.components
-        length = np.linalg.norm(rest)
+        length = float(np.linalg.norm(rest))
         # Next to nothing left means that what is left is rounding, whose direction is noise.
         if length <= 1e-5 * np.linalg.norm(total):
             rest = np.zeros_like(rest)
@@ -149,7 +149,8 @@ class EmbeddingEncoder(Encoder):
         counts = np.zeros(tokens)
         drawn: list[np.ndarray] = []
         for position, text in enumerate(texts):
-            ids = _token_ids(tokenizer, *check_texts([text]), lowercase, tokens)
+            check_texts([text])
+            ids = _token_ids(tokenizer, text, lowercase, tokens)
             np.add.at(counts, ids, 1)
             # Reservoir sampling: each text so far is in the sample with the same chance.
             if len(drawn) < sample:

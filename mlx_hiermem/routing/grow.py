@@ -105,6 +105,7 @@ def grow(
         ]
         above = () if tree is None else tree.centroids
         tree = ClusterTree([*above, np.concatenate(grown)])
+    assert tree is not None, "levels is at least 1"
     return tree
 
 
@@ -213,7 +214,7 @@ class _Node:
         if self.steps_done:
             return
         for _ in range(self.steps):
-            if self._held:
+            if self._buffer is not None and self._held:
                 self._step(self._buffer[: self._held])
             else:
                 self.steps_done += 1

@@ -118,13 +118,16 @@ class ClusterNames:
         ]
 
     @classmethod
-    def load(cls, folder: str | Path) -> ClusterNames | None:
+    def load(cls, folder: str | Path, name: str = NAMES) -> ClusterNames | None:
         """The names beside a tree, in ``folder``; None where there are none.
+
+        Args:
+            name: that the file has now (``MemoryBank.file_name``).
 
         Raises:
             FormatError: the file cannot be read, or is not what docs/format.md says.
         """
-        path = Path(folder) / NAMES
+        path = Path(folder) / name
         if not path.exists():
             return None
 

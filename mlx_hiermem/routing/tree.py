@@ -27,6 +27,7 @@ import numpy as np
 
 from ..errors import FormatError, InputError
 from ..files import safetensors_pieces
+from ..shapes import shown
 from .files import read_tensors, write_tensors
 
 #: Numbers that one slice of ``assign`` holds at a time: bounds memory, and stays in cache.
@@ -245,7 +246,7 @@ class ClusterTree:
         levels, metadata = _read_levels(path)
         encoder = metadata.get("encoder")
         try:
-            tree = cls(levels, encoder and json.loads(encoder))
+            tree = cls(levels, None if encoder is None else json.loads(encoder))
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
         except (ValueError, RecursionError) as error:
@@ -314,7 +315,7 @@ def _check_metadata(
     for key, size in sizes.items():
         if metadata.get(key) != str(size):
             raise FormatError(
-                f"{path}: metadata {key} is {metadata.get(key)!r} but its tensors make {size}; "
+                f"{path}: metadata {key} is {shown(metadata.get(key))} but its tensors make {size}; "
                 "get the file again"
             )
 

@@ -173,7 +173,7 @@ class Api:
             if asked.stream:
                 first = await anext(events)
                 streams = True
-                return EventStream(first, events, writer, following, seen)  # type: ignore
+                return EventStream(first, events, writer, following, seen)
             async for index, event in events:
                 seen(index, event)
                 writer.take(index, event)

@@ -92,7 +92,7 @@ def read_sampling(fields: Fields, limits: Limits) -> Sampling:
     top_p = fields.number("top_p", 0, 1, 1.0)
     if top_p < 1e-4:  # the likeliest token alone, which float32 cannot tell from none
         temperature, top_p = 0.0, 1.0
-    top_k = fields.integer("top_k", 0, MOST, 0)
+    top_k = fields.integer("top_k", 0, MOST, 0) or 0
     if limits.vocabulary is not None and top_k >= limits.vocabulary:
         top_k = 0
     repetition = fields.number("repetition_penalty", 0, 10, 0.0)

@@ -33,7 +33,7 @@ class Connection(H11Protocol):
         self._headers_within = headers_within
         self._deadline: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """The deadline begins."""
         super().connection_made(transport)
         self._watch()

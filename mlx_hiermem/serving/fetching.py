@@ -58,6 +58,7 @@ def fetch(lm: MemoryLM, choice: MemoryChoice, text: str | None) -> tuple[ArraysC
     try:
         memory = fetched.memory
         if fetched.found is not None and fetched.found.lent:
+            assert memory is not None, "found in the bank"
             # Gathered, since what is merely sliced would be the bank's buffer still.
             memory = mx.take(memory, mx.array([0]), axis=0)
             mx.eval(memory)

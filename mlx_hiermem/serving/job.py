@@ -9,11 +9,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import HierMemError, InputError
+from ..owner import Owned, Owner
 from .memory import MemoryChoice
 
 
@@ -190,7 +191,8 @@ class Failed:
         return "timeout" if self.timed_out else "client" if self.client_error else "server"
 
 
-Event = Started | Piece | Finished | Failed
+Told = Started | Piece | Finished
+Event = Told | Failed
 
 
 # ---- the asker's end -------------------------------------------------------------------
@@ -222,6 +224,7 @@ class Handle:
         self._withdraw = withdraw
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._over = False  # whether the last event was taken
+        self._reader: dict[str, Owner] = {}  # who has asked first
 
     @property
     def cancelled(self) -> bool:
@@ -230,14 +233,21 @@ class Handle:
     def events(self, timeout: float | None = None) -> Iterator[Event]:
         """The events, in order, up to and with the last: ``Finished`` or ``Failed``.
 
-        For one reader. Every request gets a last event, also if the model's thread ends.
+        For one thread, the first that asks. Every request gets a last event, also if the model's
+        thread ends.
 
         Args:
             timeout: seconds to wait for one event; None waits as long as it takes.
 
         Raises:
             TimeoutError: none came. The events may be asked for again.
+            ThreadError: another thread reads them.
         """
+        owner = self._reader.setdefault("reader", Owner("the answer to a request"))
+        owner.check()
+        return Owned(owner.check, self._take(timeout))
+
+    def _take(self, timeout: float | None) -> Generator[Event, None, None]:
         while not self._over:
             try:
                 event = self._events.get(timeout=timeout)

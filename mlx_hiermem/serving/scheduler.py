@@ -83,12 +83,14 @@ class Scheduler:
     # ---- for any thread ----------------------------------------------------------------
 
     def start(self) -> Facts:
-        """Start the thread and wait until the model is loaded.
+        """Start the thread, if nobody has, and wait until the model is loaded.
 
         Raises:
             whatever ``load`` raised.
         """
-        self._thread.start()
+        with self._change:
+            if self._thread.ident is None:
+                self._thread.start()
         self._ready.wait()
         if self._facts is None:
             assert self._failure is not None

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, public, stopped, timed_out
-from .job import Event, Failed, Finished
+from .job import Event, Failed, Finished, Told
 from .objects import Writer, to_json
 
 _LOG = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Following:
         except RuntimeError:  # the loop is closed: the server has ended
             self.cancel()
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncIterator[tuple[int, Told]]:
         """The choice's number and the event, for each event of each choice. Who breaks off, or
         meets an error, calls :meth:`close`.
 
@@ -162,8 +162,8 @@ class EventStream:
 
     def __init__(
         self,
-        first: tuple[int, Event],
-        events: AsyncIterator[tuple[int, Event]],
+        first: tuple[int, Told],
+        events: AsyncIterator[tuple[int, Told]],
         writer: Writer,
         following: Following,
         seen: Callable[[int, Event], None],
@@ -209,7 +209,7 @@ class EventStream:
             yield _data(to_json(writer.last_chunk()))
         yield _data(b"[DONE]")
 
-    def _told(self, index: int, event: Event) -> list[bytes]:
+    def _told(self, index: int, event: Told) -> list[bytes]:
         self._seen(index, event)
         self._writer.take(index, event)
         chunk = self._writer.chunk(index, event)

@@ -121,6 +121,10 @@ def add_memory(
     total = extend.added_bytes(addition.config, settings.name)
     try:
         with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=None) as bar:
+
+            def written(_: int, count: int) -> None:
+                bar.update(count)
+
             revision = extend.add(
                 memory,
                 settings.name,
@@ -128,10 +132,10 @@ def add_memory(
                 lambda level: stored_rows(addition, settings.name, level),
                 addition.tree,
                 lambda data: _names(data, addition, settings.name),
-                lambda _, count: bar.update(count),
+                written,
             )
     finally:
-        addition.trainer.rows.close()
+        addition.trainer.memory_rows.close()
     return {
         "folder": str(memory),
         "name": settings.name,
@@ -238,7 +242,7 @@ def stored_rows(addition: Addition, name: str, level: int) -> Iterator[np.ndarra
     below = config.branching ** (level - 1)
     packer = Packer(config, config.packing) if config.packing is not None else None
     clusters = range(roots.start * below, roots.stop * below)
-    rows = addition.trainer.rows.values(level, clusters)
+    rows = addition.trainer.memory_rows.values(level, clusters)
     for cluster, values in zip(clusters, rows, strict=True):
         stored = to_storage(values, config.dtype)[None]
         where = f"block {cluster} of level {level}"
@@ -261,10 +265,11 @@ def _names(data: bytes, addition: Addition, name: str) -> bytes:
         members.setdefault(leaf // below, []).append(text)
     levels[0] += [name if len(roots) == 1 else f"{name} {i}" for i in range(1, len(roots) + 1)]
     for root in roots:
-        start = root * k ** (len(levels) - 1)
-        found = name_tree(
-            lambda cluster, start=start: members.get(start + cluster, []), k, len(levels) - 1
-        )
+
+        def texts(cluster: int, start: int = root * k ** (len(levels) - 1)) -> list[str]:
+            return members.get(start + cluster, [])
+
+        found = name_tree(texts, k, len(levels) - 1)
         for level, names in enumerate(found.levels if found is not None else (), 2):
             first = root * k ** (level - 1)
             levels[level - 1] += [

@@ -38,7 +38,8 @@ def open_results(runs: Sequence[str | Path]) -> list[SubtreeResult]:
         results.append(read_subtree(inner if (inner / FILE).exists() else folder))
     if not results:
         raise TrainingError("merge: no run is given; give the runs of all subtrees")
-    first, found = results[0], {}
+    first = results[0]
+    found: dict[int, SubtreeResult] = {}
     for result in results:
         for what, theirs, ours in _differences(result, first):
             raise TrainingError(

@@ -49,6 +49,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 
 _OF_REGIME = "the paper's for the regime"
+_FILLED_IN = "what was not given is filled in with the paper's when a config is made"
 
 
 def _help(text: str, default: str | None = None) -> dict[str, Any]:
@@ -167,13 +168,21 @@ class TrainConfig:
         """Share of the sequences that use the generic memory: 1/(k+1) unless set (the paper)."""
         return 1 / (branching + 1) if self.generic_probability is None else self.generic_probability
 
+    @property
+    def decay(self) -> float:
+        """``weight_decay``: the one given, or the paper's."""
+        assert self.weight_decay is not None, _FILLED_IN
+        return self.weight_decay
+
     def rate(self, step: int) -> float:
         """Learning rate at ``step`` (from 0): linear warm-up, then a cosine to the final rate."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.iters - self.warmup_steps)
+        peak, final, warmup = self.learning_rate, self.final_learning_rate, self.warmup_steps
+        assert peak is not None and final is not None and warmup is not None, _FILLED_IN
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.iters - warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
+        return final + (peak - final) * cosine
 
 
 @dataclass(frozen=True)

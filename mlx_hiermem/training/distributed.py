@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from ..arrays import as_list
 from ..errors import HierMemError, TrainingError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Processes:
         if self.size == 1:
             return [value]
         mine = mx.array([value], mx.int64)
-        return self._exchange(mx.distributed.all_gather(mine, group=self._group)).tolist()
+        return as_list(self._exchange(mx.distributed.all_gather(mine, group=self._group)))
 
     def first(self, value: float) -> float:
         """Process 0's ``value``: for what another processor may round otherwise."""

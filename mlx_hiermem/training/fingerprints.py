@@ -19,7 +19,7 @@ TREE = "tree.safetensors"
 
 
 def anchor_sha256(
-    anchor: nn.Module | Mapping[str, mx.array], progress: Callable[[int], None] | None = None
+    anchor: nn.Module | Mapping[str, mx.array], progress: Callable[[int], object] | None = None
 ) -> str:
     """The sha256 (hex) of an anchor's weights, whatever dtype and files they are kept in.
 

@@ -30,7 +30,7 @@ from ..bank.writer import write_shard
 from ..config import MemoryConfig
 from ..errors import TrainingError
 from ..files import AtomicFile
-from ..folders import anchor_files, check_new, copy_file, model_folder
+from ..folders import Originals, anchor_files, check_new, copy_file, model_folder
 from ..memories import GENERIC as GENERIC_CLUSTER
 from ..memories import start_block
 from ..routing.names import NAMES
@@ -88,26 +88,27 @@ def merge(
     check_new(out)
     results = open_results(runs)
     config = results[0].config
+    files = Originals(anchor, anchor_files(anchor))
     check_anchor(anchor, results[0], progress)
     routing = find_routing(results, anchor)
+    routes = Originals(routing, _routing_files(routing))
     numbers = _generic(results[0], generic, progress)
-    names = anchor_files(anchor)
-    total = sum((anchor / name).stat().st_size for name in names)
-    total += sum(entry.bytes for result in results for entry in result.files.values())
+    total = files.bytes + sum(entry.bytes for result in results for entry in result.files.values())
 
     def read(count: int) -> None:
         if progress is not None:
             progress("merge", count, total)
 
     with model_folder(out) as folder:
-        for name in names:
-            copy_file(anchor / name, folder, name, read)
+        for name in files.names:
+            files.copy(name, folder, read)
         _write_card(folder, results[0], generic)
         memory = folder / "memory"
         memory.mkdir()
         known: dict[str, FileEntry] = {}
-        for name in _routing_files(routing):
-            file = copy_file(find(routing, name), memory, name)
+        for name in routes.names:
+            find(routing, name)
+            file = routes.copy(name, memory)
             known[name] = FileEntry(file.size, file.sha256)
         known |= _write_first_level(memory, results, read)
         linked = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..bank.writer import write_bank
 from ..config import MemoryConfig
 from ..corpus.folder import Corpus
 from ..errors import FormatError
-from ..folders import anchor_files, copy_file, model_folder
+from ..folders import is_weights, model_folder
 from ..memories import GENERIC
 from .rows import BankRows
 from .setup import Start
@@ -27,7 +26,6 @@ from .trainer import Trainer
 def write_model(
     out: Path,
     trainer: Trainer,
-    corpus: Corpus,
     start: Start,
     memory: MemoryConfig | None,
     card: str,
@@ -44,9 +42,9 @@ def write_model(
     """
     with model_folder(out) as folder:
         learned = trainer.config.trains_anchor
-        source = start.folder or corpus.tokenizer_folder
-        for name in anchor_files(source, weights=not learned):
-            copy_file(source / name, folder, name)
+        for name in start.files.names:
+            if not (learned and is_weights(name)):
+                start.files.copy(name, folder)
         if learned:
             trainer.settle()
             try:
@@ -61,8 +59,8 @@ def write_model(
             (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
         if memory is not None:
-            shutil.copytree(corpus.routing_folder, folder / "memory")
-            write_memory(folder / "memory", trainer.rows, memory)
+            _copy_routing(start, folder / "memory")
+            write_memory(folder / "memory", trainer.memory_rows, memory)
 
 
 def write_memory(folder: Path, rows: BankRows, config: MemoryConfig) -> None:
@@ -81,6 +79,7 @@ def write_subtree_result(
     out: Path,
     trainer: Trainer,
     corpus: Corpus,
+    start: Start,
     config: MemoryConfig,
     subtree: int,
     identity: dict[str, Any],
@@ -88,13 +87,14 @@ def write_subtree_result(
     """Write the result of ``train --subtree``: the subtree's blocks, and what they belong to.
 
     Args:
+        start: what the run started from.
         identity: of the run, as its checkpoints hold it.
     """
 
     def blocks(level: int) -> Iterator[np.ndarray]:
         width = config.branching ** (level - 1)
         clusters = range(subtree * width, (subtree + 1) * width)
-        return _blocks(trainer.rows, level, clusters)
+        return _blocks(trainer.memory_rows, level, clusters)
 
     with model_folder(out) as folder:
         write_subtree(
@@ -107,11 +107,18 @@ def write_subtree_result(
             corpus_revision=corpus.revision,
             settings=identity["settings"],
         )
-        shutil.copytree(corpus.routing_folder, folder / "routing")
+        _copy_routing(start, folder / "routing")
+
+
+def _copy_routing(start: Start, target: Path) -> None:
+    """Copy tree and encoder of the corpus."""
+    target.mkdir()
+    for name in start.routing.names:
+        start.routing.copy(name, target)
 
 
 def _blocks(
-    rows: BankRows, level: int, clusters: Iterable[int], bar: tqdm | None = None
+    rows: BankRows, level: int, clusters: Iterable[int], bar: tqdm[Any] | None = None
 ) -> Iterator[np.ndarray]:
     for values in rows.values(level, clusters):
         yield values[None]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -99,7 +100,8 @@ def _run(
         ) as bar:
             while True:
                 at_end = trainer.done == config.iters
-                if cadence.val_batches and (at_end or trainer.done % cadence.steps_per_eval == 0):
+                due = at_end or trainer.done % cadence.steps_per_eval == 0
+                if validation is not None and cadence.val_batches and due:
                     last = validate(trainer, validation, cadence.val_batches)
                     _check_finite(trainer, last)
                     if trainer.done != resumed_at:  # else it is in the log already
@@ -151,7 +153,7 @@ def _numbers(losses: dict[str, float]) -> str:
     return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
 
 
-def _say(bar: tqdm, line: str) -> None:
+def _say(bar: tqdm[Any], line: str) -> None:
     """A line on stderr that does not break the progress bar."""
     bar.write(line, file=sys.stderr)
 
@@ -186,7 +188,7 @@ class _Stop:
 def _signals() -> Iterator[_Stop]:
     """Note SIGINT and SIGTERM instead of dying of them; the second one kills."""
     stop = _Stop()
-    before = {}
+    before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def note(number: int, _: object) -> None:
         stop.asked = True
@@ -201,8 +203,8 @@ def _signals() -> Iterator[_Stop]:
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for noted, handler in before.items():
             try:
-                signal.signal(number, handler)
+                signal.signal(noted, handler)
             except ValueError:
                 break

@@ -26,6 +26,7 @@ from ..config import AnchorShape, MemoryConfig, placement
 from ..corpus.folder import Corpus, file_sha256
 from ..corpus.packed import PackedCorpus
 from ..errors import TrainingError
+from ..folders import Originals, anchor_files
 from ..memories import GENERIC, start_block
 from ..models import find_model
 from ..routing.embeddings import embedding_table
@@ -44,11 +45,15 @@ class Start:
         anchor: the network.
         config: its ``config.json``.
         folder: its model folder; None for an anchor with random weights.
+        files: of that folder, or of the corpus's tokenizer, which go into the result.
+        routing: the files of the corpus's tree and encoder, which do so too.
     """
 
     anchor: nn.Module
     config: dict[str, Any]
     folder: Path | None
+    files: Originals
+    routing: Originals
 
 
 def open_start(corpus: Corpus, model: str | None, size: str | None, seed: int) -> Start:
@@ -63,9 +68,12 @@ def open_start(corpus: Corpus, model: str | None, size: str | None, seed: int) -
     Raises:
         TrainingError: there is no such anchor.
     """
+    routing = Originals(corpus.routing_folder, _files_below(corpus.routing_folder))
     if model is not None:
         folder = find_model(model)
-        return Start(*load_anchor(folder), folder)
+        files = Originals(folder, anchor_files(folder))  # before they are read
+        return Start(*load_anchor(folder), folder, files, routing)
+    assert size is not None, "without a model there is a size"
     if size in openlm.PRESETS:
         args = openlm.PRESETS[size]
     else:
@@ -82,7 +90,13 @@ def open_start(corpus: Corpus, model: str | None, size: str | None, seed: int) -
     anchor = openlm.Model(args)
     openlm.init_weights(anchor)
     config = asdict(args) | {"eos_token_id": corpus.info.tokenizer["end_of_text"]}
-    return Start(anchor, config, None)
+    tokenizer = corpus.tokenizer_folder
+    return Start(anchor, config, None, Originals(tokenizer, anchor_files(tokenizer)), routing)
+
+
+def _files_below(folder: Path) -> list[str]:
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in paths if not path.name.startswith(".")]
 
 
 def takes_mask(anchor: nn.Module) -> bool:
@@ -104,10 +118,8 @@ def check_tokens(corpus: Corpus, start: Start) -> None:
             f"{corpus.folder}: its tokenizer has {vocabulary} tokens, the anchor {table}; "
             "cluster the corpus with the anchor's own tokenizer"
         )
-    theirs, ours = (
-        None if place is None else place / "tokenizer.json"
-        for place in (corpus.tokenizer_folder, start.folder)
-    )
+    theirs = corpus.tokenizer_folder / "tokenizer.json"
+    ours = None if start.folder is None else start.folder / "tokenizer.json"
     if ours is not None and theirs.is_file() and ours.is_file():
         if ours.read_bytes() != theirs.read_bytes():
             raise TrainingError(
@@ -337,10 +349,11 @@ def of_subtree(
             f"subtree {subtree}: the tree's level-1 clusters are 0 to {config.branching - 1}"
         )
     width = config.branching ** (config.levels - 1)
-    chosen = [
-        None if split is None else split.select(split.leaves // width == subtree)
-        for split in (corpus.train, corpus.validation)
-    ]
-    if not len(chosen[0]):
+
+    def of(split: PackedCorpus) -> PackedCorpus:
+        return split.select(split.leaves // width == subtree)
+
+    train, held_out = of(corpus.train), corpus.validation
+    if not len(train):
         raise TrainingError(f"subtree {subtree}: {corpus.folder} has no sequence of it")
-    return chosen[0], chosen[1]
+    return train, None if held_out is None else of(held_out)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..bank.dtypes import STORAGE
-from ..bank.files import find, hash_file, open_file, read_text
+from ..bank.files import hash_file, open_file, read_exact, read_text
 from ..bank.header import Header, read_header
 from ..bank.layout import BLOCKS, Shard, check_header, shards
 from ..bank.manifest import FileEntry
@@ -189,6 +189,13 @@ def read_subtree(folder: str | Path) -> SubtreeResult:
         return FormatError(f"{path}: {found}; copy the folder again, or run this subtree again")
 
     if not path.exists():
+        if not folder.is_dir():
+            raise FormatError(f"{folder}: no such folder; expected a run of `train --subtree`")
+        if (folder / "model").is_dir():
+            raise FormatError(
+                f"{folder}: the run trained a whole model, {folder / 'model'}, which needs no "
+                "merging; expected a run of `train --subtree`"
+            )
         raise FormatError(
             f"{path}: no such file; the run has not come to its end, or was not copied whole; "
             "resume it, or copy it again"
@@ -244,10 +251,21 @@ def read_subtree(folder: str | Path) -> SubtreeResult:
 
 
 def read_rows(result: SubtreeResult, part: Shard) -> np.ndarray:
-    """The rows of one file as a storage array (rows, s_l), mapped into memory, not read."""
-    path = find(result.folder, part.name)
+    """The rows of one file as a storage array (rows, s_l).
+
+    Raises:
+        FormatError: the file was truncated, or cannot be read.
+    """
+    path = result.folder / part.name
     header = _check_file(result.folder, result.config, part, result.files[part.name].bytes)
-    return np.memmap(path, STORAGE[header.dtype], "r", header.offset, header.shape)
+    # Not mapped: where a disk goes away, that ends the process without a word.
+    rows = np.empty(header.shape, STORAGE[header.dtype])
+    fd, _ = open_file(result.folder, part.name)
+    try:
+        read_exact(fd, memoryview(rows.reshape(-1)).cast("B"), header.offset, path)
+    finally:
+        os.close(fd)
+    return rows
 
 
 def _check_file(folder: Path, config: MemoryConfig, part: Shard, size: int) -> Header:

@@ -22,6 +22,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from ..arrays import real_number
 from ..corpus.packed import PackedCorpus
 from ..errors import TrainingError
 from ..memories import MemoryModel
@@ -131,6 +132,12 @@ class Trainer:
         )
         self.optimizer.init(self.weights)
 
+    @property
+    def memory_rows(self) -> BankRows:
+        """``rows``, of a trainer with memories."""
+        assert self.rows is not None, "a model with memories has rows"
+        return self.rows
+
     # ---- a step ------------------------------------------------------------------------
 
     def step(self, before_update: Callable[[], None] | None = None) -> StepReport:
@@ -149,9 +156,9 @@ class Trainer:
         count = predicted_tokens(tokens, self.corpus.end_of_text)
         with self.processes.together():
             loss, anchor_gradients, row_gradients = self._gradients(tokens, ids, max(1, count))
-        if self.rows is not None:
-            keys = self.rows.keys(ids)
-            row_gradients = self.processes.sum_rows(row_gradients, keys, self.rows.sizes)
+        if ids is not None:
+            keys, sizes = self.memory_rows.keys(ids), self.memory_rows.sizes
+            row_gradients = self.processes.sum_rows(row_gradients, keys, sizes)
         anchor_gradients, loss = self.processes.sum((anchor_gradients, loss))
 
         # Equal gradients, but their norm may be rounded otherwise on another processor.
@@ -176,7 +183,7 @@ class Trainer:
             mx.eval(self.weights, self.optimizer.state)
         if self.rows is not None:
             with self.processes.together():
-                self.rows.update(row_gradients, rate, config.weight_decay, scale)
+                self.rows.update(row_gradients, rate, config.decay, scale)
         self.done += 1
         seconds = time.perf_counter() - started
         return StepReport(self.done, loss.item(), rate, norm, count, count / seconds)
@@ -217,15 +224,19 @@ class Trainer:
             row_parts = self.model.split(gradients["memory"]) if ids is not None else []
             total = total + loss
             # The next batch's rows are read while this one computes.
-            mx.async_eval(total, anchor_gradients, row_parts)
+            # MLX's stub of it has no types.
+            mx.async_eval(total, anchor_gradients, row_parts)  # type: ignore[no-untyped-call]
             if ids is not None:
                 if number + 1 < len(starts):
-                    self.rows.prefetch(ids[starts[number + 1] : starts[number + 1] + width])
+                    at = starts[number + 1]
+                    self.memory_rows.prefetch(ids[at : at + width])
                 elif self.done + 1 < config.iters:
-                    self.rows.prefetch(self._batch(self.done + 1)[1][starts[0] : starts[0] + width])
+                    coming = self._batch(self.done + 1)[1]
+                    assert coming is not None, "rows are used in every step, or in none"
+                    self.memory_rows.prefetch(coming[starts[0] : starts[0] + width])
             mx.eval(total, anchor_gradients, row_parts)
             if ids is not None:
-                _add_rows(row_gradients, self.rows.levels, ids[part], row_parts)
+                _add_rows(row_gradients, self.memory_rows.levels, ids[part], row_parts)
         return total, anchor_gradients if anchor_gradients is not None else {}, row_gradients
 
     def _loss(self, learned: dict[str, Any], tokens: mx.array, scale: float) -> mx.array:
@@ -241,7 +252,7 @@ class Trainer:
 
     def memory(self, ids: np.ndarray) -> list[tuple[mx.array, ...]]:
         """The matrices of rows (B, levels), float32; see ``MemoryModel.matrices``."""
-        joined = self.model.join([mx.array(block) for block in self.rows.gather(ids)])
+        joined = self.model.join([mx.array(block) for block in self.memory_rows.gather(ids)])
         return tree_map(mx.contiguous, self.model.matrices(joined))
 
     def settle(self) -> None:
@@ -266,7 +277,7 @@ def _add_rows(
 def _norm(anchor_gradients: Any, row_gradients: dict[Key, np.ndarray]) -> float:
     """The norm of all gradients together."""
     squares = [gradient.square().sum() for _, gradient in tree_flatten(anchor_gradients)]
-    total = float(mx.stack(squares).sum().item()) if squares else 0.0
+    total = real_number(mx.stack(squares).sum()) if squares else 0.0
     # In the order of the keys: the sum must not depend on which sequence came first.
     total += sum(
         float(np.dot(row_gradients[key], row_gradients[key])) for key in sorted(row_gradients)

@@ -39,7 +39,7 @@ def validate(trainer: Trainer, corpus: PackedCorpus, batches: int) -> dict[str, 
             for kind in kinds:
                 memory = None
                 if kind != "none":
-                    ids = trainer.rows.ids(leaves, np.full(len(leaves), kind == "generic"))
+                    ids = trainer.memory_rows.ids(leaves, np.full(len(leaves), kind == "generic"))
                     memory = tree_map(lambda m: m.astype(trainer.dtype), trainer.memory(ids))
                 loss, number = next_token_loss(
                     trainer.model,

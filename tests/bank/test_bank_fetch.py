@@ -454,8 +454,10 @@ def test_a_disk_that_comes_back_with_another_bank_is_refused(deep, make):
         folder = os.open(deep.folder, os.O_RDONLY)
         os.dup2(folder, file.fd)
         os.close(folder)
+        gone = deep.folder.rename(deep.folder.with_name("gone"))
         with pytest.raises(FormatError, match="cannot be read"):
             bank.fetch((0, 0, 1))
+        gone.rename(deep.folder)
         make.bank(deep.folder, deep.config, seed=5)
         with pytest.raises(FormatError, match="was changed since the bank was opened"):
             bank.fetch((0, 0, 1))

@@ -214,6 +214,26 @@ def test_an_altered_bank_is_refused(tmp_path, refused):
     refused(source, "block 8 of level 2 was altered")
 
 
+@pytest.mark.parametrize("what", ["gone", "shorter"])
+def test_a_model_that_changes_meanwhile_is_not_copied(tmp_path, refused, monkeypatch, what):
+    """Once it was copied without a word as far as it was there."""
+    from mlx_hiermem.bank import quantize as module
+
+    source = make_tiny_model(tmp_path.parent / f"{tmp_path.name}-{what}")
+    real = module.quantize_bank
+
+    def meanwhile(*given):
+        found = real(*given)
+        if what == "gone":
+            source.rename(f"{source}-away")
+        else:
+            os.truncate(source / "model.safetensors", 1000)
+        return found
+
+    monkeypatch.setattr(module, "quantize_bank", meanwhile)
+    refused(source, "cannot be read" if what == "gone" else "was changed while it was used")
+
+
 # ---- when it is killed -----------------------------------------------------------------
 
 _KILLED = """

@@ -19,7 +19,9 @@ import pytest
 from mlx_hiermem.bank.checksums import write_checksums
 from mlx_hiermem.bank.header import build_header
 from mlx_hiermem.bank.layout import expected_files, shards
+from mlx_hiermem.bank.reader import BlockReader
 from mlx_hiermem.bank.store import MemoryBank
+from mlx_hiermem.errors import FormatError
 from tests.bank.mutations import reseal, state
 from tests.tiny import make_tiny_model
 
@@ -173,6 +175,24 @@ def test_two_processes_read_one_bank(bank):
         blocks = [opened.fetch((leaf // 2, leaf)).joined for leaf in range(4)]
         digest = hashlib.sha256(b"".join(bytes(np.array(one.view(mx.uint16))) for one in blocks))
     assert seen == {digest.hexdigest()}
+
+
+def test_files_that_cannot_be_read_any_more_are_opened_again(bank):
+    """The disk went away and is back: no request is lost, whichever file it needs."""
+    reader = BlockReader(bank.folder)
+    before = [reader.stored(2, leaf).tobytes() for leaf in range(4)]
+    dead = os.open(bank.folder, os.O_RDONLY)  # which cannot be read, like files of such a disk
+    for fd in reader.descriptors:
+        os.dup2(dead, fd)
+    os.close(dead)
+    away = bank.folder.with_name("away")
+    bank.folder.rename(away)
+    for told in ("cannot be read .Is a directory", "and the bank is not there any more"):
+        with pytest.raises(FormatError, match=told):
+            reader.stored(2, 0)
+    away.rename(bank.folder)
+    assert [reader.stored(2, leaf).tobytes() for leaf in range(4)] == before
+    reader.close()
 
 
 FETCHES_ONE = """

@@ -190,3 +190,32 @@ def test_the_same_command_brings_a_stopped_removal_to_its_end(model, run, monkey
     code, _, err = run("--block", "2:4", "--yes")
     assert code == 2 and "removed already; what a removal that was stopped had left is over" in err
     assert "a removal was stopped" not in run(action="inspect")[1]
+
+
+def test_a_bank_in_the_middle_of_an_edit_is_whole_and_is_not_copied(
+    model, run, monkeypatch, tmp_path, capsys
+):
+    """Its new files count, whatever their names; who takes files by their names is told to wait."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "_overwrite", stop)
+    assert run("--subtree", "1", "--yes")[0] == 130
+    monkeypatch.undo()
+    files = _files(model)
+    code, out, err = run("--json", action="verify")
+    assert code == 0, err
+    assert {"file": "blocked.json", "ok": True}.items() <= json.loads(out)["files"][0].items()
+    with MemoryBank.open(model / "memory") as bank:
+        names = ClusterNames.load(bank.folder, bank.file_name("names.json"))
+        assert names.of(1, 1) == "cluster 1" and bank.file_name("names.json") != "names.json"
+    out, made = str(tmp_path / "out"), ["--config", "4,2", "--mlx-path", str(tmp_path / "out")]
+    init = ["init", "--model", str(model), "--tree", str(model), "--fresh-memory", *made]
+    push = ["bank", "push", "--model", str(model), "--hf-path", "a/b", "--dry-run"]
+    for words, told in ((push, "left when writing was interrupted"), (init, "make it again")):
+        capsys.readouterr()
+        assert cli.main(words) == 2 and told in capsys.readouterr().err
+    assert _files(model) == files and not Path(out).exists()
+    run("--subtree", "1", "--yes")
+    assert cli.main(init) == 0

@@ -238,7 +238,7 @@ def test_files_come_once_and_in_a_fixed_order(tmp_path):
     [
         ("nothing.txt", "no such file, folder or pattern"),
         ("*.txt", "no such file, folder or pattern"),
-        ("empty", "the folder holds no file that can be read; expected .txt"),
+        ("empty", "the folder is empty; expected documents in .txt"),
         ("a.md", "the name ends in '.md'; files that can be read are .txt"),
     ],
 )

@@ -139,7 +139,7 @@ def test_perplexity(folder, tmp_path, capsys):
     [
         (["--task", "facts", "--limit", "0"], "--limit is 0"),
         (["--task", "facts", "--seed", "-1"], "--seed is -1"),
-        (["--task", "perplexity"], "--text FILE names the documents"),
+        (["--task", "perplexity"], "no documents are given; name them with --text FILE"),
         (["--task", "routing", "--text", "x.txt"], "--text FILE names the documents"),
         (["--task", "perplexity", "--text", "missing.txt"], "missing.txt: cannot be read"),
         (["--task", "facts", "--memory-budget", "lots"], "'lots' is none"),

@@ -125,7 +125,7 @@ def test_an_error_in_the_midst_ends_one_answer(lm, routes, loans, monkeypatch, w
     assert len(loans) == (1 if what == "route" else 0)  # what is not given back is freed by itself
     routes(B)
     assert lm.generate(PROMPT, max_tokens=COUNT) == expected
-    assert lm.prefetch("gold") is not None and lm._streams == 0
+    assert lm.prefetch("gold") is not None and not lm._running
 
 
 def test_a_memory_of_nan_is_told_when_it_comes(lm, routes, monkeypatch):

@@ -21,7 +21,7 @@ from mlx_hiermem.bank.reader import BlockReader
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import FormatError, HierMemError, InputError, TrainingError
-from mlx_hiermem.folders import anchor_files, model_folder
+from mlx_hiermem.folders import anchor_files, is_weights, model_folder
 from mlx_hiermem.memories import GENERIC, start_block
 from mlx_hiermem.training.fingerprints import anchor_sha256, tree_sha256
 from mlx_hiermem.training.merge import merge
@@ -215,6 +215,8 @@ def test_a_missing_and_a_doubled_subtree(source, runs, tmp_path):
     words = f"{runs[0] / 'subtree'}: is subtree 0, and so is {runs[0] / 'subtree'}"
     refused([*runs, runs[0]], source, out, words, TrainingError)
     refused([], source, out, "no run is given", TrainingError)
+    refused([*runs, tmp_path / "no"], source, out, f"{tmp_path / 'no'}: no such folder; expected")
+    (tmp_path / "no").mkdir()
     refused([*runs, tmp_path / "no"], source, out, f"{tmp_path / 'no' / FILE}: no such file")
 
 
@@ -373,9 +375,7 @@ def test_anchor_files_are_the_anchor_and_its_tokenizer(source, tmp_path):
         "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert anchor_files(tmp_path) == everything
-    assert anchor_files(tmp_path, weights=False) == [
-        name for name in everything if not name.startswith("model")
-    ]
+    assert [name for name in everything if is_weights(name)] == everything[3:5]
 
 
 # ---- the command -------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def stopped(place, tmp_path, monkeypatch):
         ({"memory_budget": "much"}, "'much' is none; give one above 0"),
         ({"generic_probability": 2}, "generic_probability is 2.0: expected 0 to 1"),
         ({"resume": True}, "run: no run to resume there; start without --resume"),
-        ({"data": "nowhere"}, "nowhere/corpus.json: no such file; the folder is not a corpus"),
+        ({"data": "nowhere"}, "nowhere: no such folder; expected a corpus: make it with"),
         ({"model": "nowhere"}, "nowhere: no such folder; give a model folder"),
         ({"ranks": None}, "ranks: the corpus's tree has 2 levels, none are given; give one rank"),
         ({"ranks": "4,2,1"}, "ranks: the corpus's tree has 2 levels, given are 4,2,1; give one"),
@@ -419,7 +419,7 @@ def test_a_disk_that_is_full_in_mid_checkpoint(refused, place, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "other")
 
 
-@pytest.mark.parametrize("write", ["save_model", "write_memory", "copy_file"])
+@pytest.mark.parametrize("write", ["save_model", "write_memory", "_copy_routing"])
 def test_a_disk_that_is_full_when_the_model_is_written(
     refused, place, tmp_path, monkeypatch, write
 ):

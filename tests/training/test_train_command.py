@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -337,6 +339,29 @@ def test_a_stop_while_the_model_is_written_loses_nothing(place, tmp_path, monkey
     assert files_of(run / "model") == files_of(tmp_path / "whole" / "model")
     assert losses(run) == losses(tmp_path / "whole")
     assert "6 steps done\n" in capsys.readouterr().out
+
+
+def test_an_anchor_that_changes_while_it_trains_is_not_copied(place, tmp_path, monkeypatch, capsys):
+    """The run waits for it, and loses nothing."""
+    from mlx_hiermem.training import results
+
+    anchor, run = Path(shutil.copytree(place / "anchor", tmp_path / "anchor")), tmp_path / "run"
+    weights, real = (anchor / "model.safetensors").read_bytes(), results.write_model
+
+    def meanwhile(*given):
+        os.truncate(anchor / "model.safetensors", 1000)
+        real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_model", meanwhile)
+        assert train(place, run, model=anchor) == 2
+    told = capsys.readouterr().err
+    assert "model.safetensors: was changed while it was used" in told and "--resume" in told
+    assert not (run / "model").exists() and whole_steps(run / "state" / "rank-0") == [6]
+    (anchor / "model.safetensors").write_bytes(weights)
+    assert train(place, run, model=anchor, resume=True) == 0
+    assert train(place, tmp_path / "whole", model=anchor) == 0
+    assert files_of(run / "model") == files_of(tmp_path / "whole" / "model")
 
 
 def test_the_second_ctrl_c_stops_at_once(place, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,8 @@ ACTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    parser.set_defaults(refuse=parser.error)
     for name, summary in ACTIONS.items():
         action = actions.add_parser(name, help=summary, description=f"{summary}.")
         module = import_module(f"{__package__}.{name}")
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.action is None:
+        args.refuse(f"no action is given; --help tells of {', '.join(ACTIONS)}")
     report = args.report(args)
     print(json.dumps(report, indent=2) if args.json else args.to_text(report))
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..options import editable_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="peak learning rate (default: 0.01)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of tree, order and start")
+    parser.set_defaults(revision=None, levels=None, subtrees=None)
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,6 +79,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     Added(args.name)  # before anything is loaded
     find_units(find_files(args.corpus), 1 << 40)
+    editable_folder(args)
     folder = find_model(args.model)
     lm = load(folder, bank=args.bank and Path(args.bank).expanduser(), tiers="disk")
     with lm.bank:

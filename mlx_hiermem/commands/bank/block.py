@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..generate import parse_block
-from ..options import memory_folder
+from ..options import editable_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def report(args: argparse.Namespace, block: bool = True) -> dict[str, Any]:
 
     if (args.model is None) == (args.bank is None):
         raise InputError("give the bank to edit: either --model FOLDER or --bank FOLDER")
-    with BankEdit(memory_folder(args)) as edit:
+    with BankEdit(editable_folder(args)) as edit:
         before, revision = edit.reader.blocked, edit.revision
         named = set()
         for level, cluster in args.blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..options import memory_folder
+from ..options import editable_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
     if (args.model is None) == (args.bank is None):
         raise InputError("give the bank to edit: either --model FOLDER or --bank FOLDER")
-    with BankEdit(memory_folder(args)) as edit:
+    with BankEdit(editable_folder(args)) as edit:
         before = edit.revision
         config = edit.config
         total = sum(entry.bytes for entry in edit.reader.manifest.files.values())

@@ -42,9 +42,9 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
         FormatError: something is damaged or cannot be written. Nothing has changed then.
     """
     from ...bank.edit import BankEdit
-    from ..options import memory_folder
+    from ..options import editable_folder
 
-    folder = memory_folder(args)
+    folder = editable_folder(args)
     names = _of_corpus(args.corpus, folder) if args.text is None else _of_text(args)
     with BankEdit(folder) as edit:
         before = edit.revision

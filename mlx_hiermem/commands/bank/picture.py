@@ -101,7 +101,8 @@ def _marks(
     uses: Uses, blocked: Blocked, below: int, group: int
 ) -> tuple[set[int], set[tuple[int, int]]]:
     """Clusters of level 1 that are blocked, and columns in which a deeper block is."""
-    lines, columns = set(), set()
+    lines: set[int] = set()
+    columns: set[tuple[int, int]] = set()
     for level, cluster in blocked:
         leaves = uses.branching ** (uses.levels - level)  # below the blocked cluster
         top, first = divmod(cluster * leaves, below)

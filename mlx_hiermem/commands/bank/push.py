@@ -8,6 +8,7 @@ refused where somebody else has committed since the push looked.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +215,7 @@ def _send(
     args: argparse.Namespace,
     folder: Path,
     names: list[str],
-    listed: dict[str, FileEntry],
+    listed: Mapping[str, FileEntry],
     card: bytes | None,
 ) -> dict[str, Any]:
     """Commit the files; ``{"commit", "url", "deleted", "card"}``."""
@@ -251,7 +252,7 @@ def _send(
 
 
 def _stale(
-    repo: str, names: list[str], listed: dict[str, FileEntry], there: dict[str, Any]
+    repo: str, names: list[str], listed: Mapping[str, FileEntry], there: dict[str, Any]
 ) -> list[str]:
     """Files of the bank that was there and that the new manifest does not list: they go.
 

@@ -50,11 +50,12 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     """
     from ...bank.quantize import quantize_bank
     from ...files import AtomicFile
-    from ...folders import copy_file, model_folder
+    from ...folders import Originals, model_folder
     from . import progress_bytes
 
     source = memory_folder(args)
     out = Path(args.mlx_path).expanduser()
+    others = Originals(source.parent, _others(source.parent))
     with model_folder(out) as folder, progress_bytes(0, "quantize") as bar:
 
         def progress(total: int, count: int) -> None:
@@ -64,15 +65,22 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
         result = quantize_bank(
             source, folder / "memory", args.q_bits, args.q_mode, args.q_group_size, progress
         )
-        model = source.parent
-        for path in sorted(model.rglob("*")):
-            name = path.relative_to(model).as_posix()
-            hidden = any(part.startswith(".") for part in name.split("/"))
-            if path.is_file() and not hidden and name.split("/")[0] not in ("memory", _CARD):
-                copy_file(path, folder, name)
+        for name in others.names:
+            others.copy(name, folder)
         with AtomicFile(folder, _CARD) as file:
             file.write(_card(result).encode())
     return {"folder": str(out), **result}
+
+
+def _others(model: Path) -> list[str]:
+    """The files of a model folder besides its bank and its card."""
+    paths = (path.relative_to(model) for path in sorted(model.rglob("*")) if path.is_file())
+    return [
+        path.as_posix()
+        for path in paths
+        if not any(part.startswith(".") for part in path.parts)
+        and path.parts[0] not in ("memory", _CARD)
+    ]
 
 
 def _card(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ..generate import parse_block
-from ..options import memory_folder
+from ..options import editable_folder
 
 if TYPE_CHECKING:
     from ...bank.remove import Removal
@@ -61,7 +61,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
     if (args.model is None) == (args.bank is None):
         raise InputError("give the bank to edit: either --model FOLDER or --bank FOLDER")
-    folder = memory_folder(args)
+    folder = editable_folder(args)
     finished = finish(folder)
     try:
         return _remove(folder, args)

@@ -37,13 +37,13 @@ def find_files(data: Sequence[str]) -> list[Path]:
     Raises:
         InputError: nothing is there, or a file is of no kind that can be read.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for name in data:
         path = Path(name).expanduser()
         if path.is_dir():
             below = (p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path)))
             files = [p for p in below if kind_of(p) and p.is_file()]
-            problem = f"{name}: the folder holds no file that can be read; expected {_KNOWN}"
+            problem = f"{name}: {_held(path)}; expected documents in {_KNOWN}"
         elif path.exists():
             files = [path]
             problem = ""
@@ -56,10 +56,23 @@ def find_files(data: Sequence[str]) -> list[Path]:
         for file in files:
             if kind_of(file) is None:
                 raise InputError(
-                    f"{file}: the name ends in {file.suffix!r}; files that can be read are {_KNOWN}"
+                    f"{file}: the name ends in {file.suffix!r}; files that can be read are "
+                    f"{_KNOWN}; save text as .txt"
                 )
-            found[file.resolve()] = None
-    return list(found)
+            # Of a link to a file whose name tells nothing, as in the Hub's cache, its own does.
+            real = file.resolve()
+            found.setdefault(real, real if kind_of(real) else file.absolute())
+    return list(found.values())
+
+
+def _held(folder: Path) -> str:
+    """What a folder without documents holds."""
+    names = (p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
+    endings = sorted({path.suffix or path.name for path in names})
+    if not endings:
+        return "the folder is empty"
+    shown = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
+    return f"the folder holds no file that can be read, only {shown}; save text as .txt"
 
 
 def _hidden(path: Path) -> bool:
@@ -76,6 +89,7 @@ def find_units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
     units: list[Unit] = []
     for number, path in enumerate(files):
         kind, name = kind_of(path), str(path)
+        assert kind is not None, "find_files refuses all others"
         try:
             size = path.stat().st_size
         except OSError as error:

@@ -23,6 +23,7 @@ from mlx_lm import evaluate as mlx_lm_evaluate
 from mlx_lm.generate import batch_generate
 from tqdm import tqdm
 
+from ...arrays import as_list
 from ...engine import Fetched, MemoryLM
 from ...errors import InputError
 from ...loading import load
@@ -85,8 +86,9 @@ class HierMemLM(mlx_lm_evaluate.MLXLM):
         routes: Routes | None = None,
     ) -> None:
         LM.__init__(self)  # MLXLM's own would load the weights
-        given = isinstance(path_or_hf_repo, MemoryLM)
-        self.lm: MemoryLM = path_or_hf_repo if given else load(path_or_hf_repo)
+        if not isinstance(path_or_hf_repo, MemoryLM):
+            path_or_hf_repo = load(path_or_hf_repo)
+        self.lm: MemoryLM = path_or_hf_repo
         check_memory(self.lm, memory)
         self.memory = memory
         self.longer: set[tuple[str | None, int | None]] = set()
@@ -144,7 +146,7 @@ class HierMemLM(mlx_lm_evaluate.MLXLM):
                 cache = self._model.make_cache(_joined(given))
                 scores, lengths, _ = self._score_fn([one.context for one in batch], cache)
                 real = mx.arange(scores.shape[-1]) < lengths[:, None] - 1
-                sums = mx.where(real, scores, 0).sum(axis=-1).tolist()
+                sums = as_list(mx.where(real, scores, 0).sum(axis=-1))
                 for one, score, memory in zip(batch, sums, fetched, strict=True):
                     if math.isnan(score):
                         raise self.lm.not_a_number(memory)
@@ -238,7 +240,7 @@ class HierMemLM(mlx_lm_evaluate.MLXLM):
                     if question.memory not in held:
                         held[question.memory] = self._fetch(question.memory)
                 fetched = [held[question.memory] for question in batch]
-                yield batch, [one.memory for one in fetched], fetched
+                yield batch, [_memory(one) for one in fetched], fetched
                 start += len(batch)
         finally:
             for one in held.values():
@@ -298,7 +300,7 @@ class HierMemLM(mlx_lm_evaluate.MLXLM):
             real = mx.arange(wanted.shape[1]) < mx.array([len(t) for t in targets])[:, None]
             logprobs = mx.where(real, chosen - mx.logsumexp(logits, axis=-1), 0).sum(axis=-1)
             greedy = ((logits.argmax(axis=-1) == wanted) | ~real).all(axis=-1)
-            results += zip(logprobs.tolist(), greedy.tolist(), strict=True)
+            results += zip(as_list(logprobs), as_list(greedy), strict=True)
         return results
 
     def _prefilled(self, rows: Sequence[list[int]], memories: Sequence[mx.array]) -> list[Any]:
@@ -360,6 +362,12 @@ def check_memory(lm: MemoryLM, memory: str) -> None:
         )
 
 
+def _memory(fetched: Fetched) -> mx.array:
+    """What was fetched: numbers, for every memory but "none", which mlx-lm scores itself."""
+    assert fetched.memory is not None
+    return fetched.memory
+
+
 def _joined(memories: Sequence[mx.array]) -> mx.array:
     """Memories (1, N) as one array (B, N); one that all share stays (1, N)."""
     if all(memory is memories[0] for memory in memories):
@@ -377,5 +385,5 @@ def _where(request: Instance) -> str:
     return f"task {request.task_name}, document {request.doc_id}"
 
 
-def _bar(total: int, what: str) -> tqdm:
+def _bar(total: int, what: str) -> tqdm[Any]:
     return tqdm(total=total, desc=what, unit="request", disable=None)

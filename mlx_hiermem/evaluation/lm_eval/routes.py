@@ -8,7 +8,7 @@ Every request of a document gets the same memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -83,7 +83,7 @@ class Routes:
         Raises:
             InputError: a template does not fit the document, or its text is empty.
         """
-        documents: dict[Hashable, list[Instance]] = {}
+        documents: dict[tuple[str | None, int | None], list[Instance]] = {}
         for request in requests:
             documents.setdefault((request.task_name, request.doc_id), []).append(request)
         found = {}
