@@ -50,6 +50,9 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP is told so as everything else is."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # an answer to what came before would be a second one
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = to_json(ApiError(400, "this is no valid request of HTTP/1.1").to_dict())
             headers = [

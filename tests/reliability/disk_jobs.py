@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_hiermem.training.checkpoint import holds_run
 from tests.reliability.kill_jobs import JOBS, SMALL, Job, make_place
-from tests.reliability.kill_process import Ended, run
+from tests.reliability.kill_process import Before, Ended, run
 from tests.reliability.kill_states import Files, States, files_of
 from tests.training.runs import arguments
 from tests.training.runs import make_place as make_training_place
@@ -18,10 +18,10 @@ from tests.training.runs import make_place as make_training_place
 TRAINING = "training"
 
 
-def make_small_place(place: Path) -> Path:
+def make_small_place(place: Path, ranks: tuple[int, ...] = SMALL) -> Path:
     """What all jobs of this module start from."""
     make_training_place(place / TRAINING)
-    return make_place(place, SMALL)
+    return make_place(place, ranks)
 
 
 def _train(place: Path, work: Path) -> list[str]:
@@ -91,19 +91,21 @@ class Stopping:
     Attributes:
         place: what it starts from, which stays as it is.
         expected: every state that it may leave behind.
+        before: what each process does before the command, where nothing happens to it.
     """
 
     job: Job
     place: Path
     log: Path
     expected: States
+    before: Before
     _place_files: Files
 
     @classmethod
-    def of(cls, job: Job, place: Path, folder: Path) -> Stopping:
+    def of(cls, job: Job, place: Path, folder: Path, before: Before = None) -> Stopping:
         """Run it once, in ``folder``, to know what it writes."""
-        states = States.of(job, place, folder / "reference")
-        return cls(job, place, folder / "log", states, files_of(place))
+        states = States.of(job, place, folder / "reference", before)
+        return cls(job, place, folder / "log", states, before, files_of(place))
 
     def words(self, work: Path) -> list[str]:
         """The arguments now: one that was stopped may have to be told to resume."""
@@ -145,7 +147,7 @@ class Stopping:
 
         Only the names that it writes may be in ``work`` by then.
         """
-        self.expected.check_ended(work, run(self.words(work), self.log))
+        self.expected.check_ended(work, run(self.words(work), self.log, self.before))
 
 
 def hidden(folder: Path) -> list[str]:

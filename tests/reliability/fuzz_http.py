@@ -28,8 +28,8 @@ from tests.reliability.fuzz_process import Target
 from tests.serving.fakes import Facts, FakeScheduler
 from tests.tiny import make_tiny_model
 
-#: Seconds after which an answer hangs.
-_LONG = 60.0
+#: Seconds after which an answer hangs, and those after which nothing more is sent.
+_LONG, _PATIENCE = 60.0, 0.1
 _PATHS = ["/v1/completions"] * 4 + ["/v1/chat/completions"] * 4
 _OTHER_PATHS = [
     "/v1/models", "/v1/models/tiny", "/v1/models/" + "x" * 5000, "/v1/models/%00", "//", "/v1",
@@ -71,7 +71,8 @@ _BODIES: list[dict[str, Any]] = [
 _VALUES = [
     None, True, False, 0, 1, -1, 2, 0.5, 1e-300, 1e300, -0.0, 2**31, 2**63, 2**64 - 1, 10**30, "",
     "x", "\ud800", "\0", "x" * 100_000, "9" * 5000, [], [[]], [0], [256], [257], [2**40],
-    ["x"] * 20, [[1, 0]], [[1, 2**40]], [[9, 9]], {}, {"path": [0, 0]}, {"path": [2, 8]}, {"path": [0, 8]},
+    ["x"] * 20, [[1, 0]], [[1, 2**40]], [[9, 9]], {}, {"path": [0, 0]}, {"path": [2, 8]},
+    {"path": [0, 8]},
     {"65": 101}, {"300": 1}, {"-1": 0}, {"role": "user"}, 1e-5, 100, -100, 1.0000001, "fetched",
 ]  # fmt: skip
 _HEADERS: list[list[tuple[bytes, bytes]]] = [
@@ -301,7 +302,10 @@ class Connections(Target):
                 writer.write(self._sent[start : start + size])
                 await writer.drain()
                 await asyncio.sleep(0)
-            return await reader.read()
+            reading = asyncio.create_task(reader.read())
+            if not (await asyncio.wait([reading], timeout=_PATIENCE))[0]:
+                writer.write_eof()  # it waits for more
+            return await reading
         except (ConnectionResetError, BrokenPipeError):
             return b""
         finally:

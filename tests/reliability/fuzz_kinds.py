@@ -31,3 +31,5 @@ def _maker(place: str) -> Callable[[Path, Path], Target]:
 
 #: Name -> what makes the target in a folder, with a canary.
 KINDS = {name: _maker(place) for name, place in _PLACES.items()}
+#: For the test of the processes.
+TESTS = {"ending": _maker("fuzz_ending.Ending")}

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_hiermem.backend import preload_blas
 
@@ -35,9 +35,8 @@ from mlx_hiermem.errors import HierMemError  # noqa: E402
 from tests.bank.mutations import small_memory  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-#: Seconds of the clock after which a process hangs, and of computing that one input may take. The
-#: first is longer, as the machine may be busy with something else.
-HANGS, SLOW = 120, 10.0
+#: Seconds of computing that one input may take.
+SLOW = 10.0
 #: Characters that an error may have: a line to be read, not a dump.
 LONGEST = 800
 #: Faults after which a process gives up, and processes that may end before their time.
@@ -51,6 +50,9 @@ class Target(ABC):
         folder: which it makes, and may write in.
         canary: a file that code out of an input would make.
     """
+
+    #: Seconds of the clock after which the process hangs. Many, as the machine may be busy.
+    hangs: ClassVar[float] = 120.0
 
     def __init__(self, folder: Path, canary: Path) -> None:
         self.folder = folder
@@ -189,7 +191,7 @@ def _try(
         inside = isinstance(target, FolderTarget) and not target.writes
         before = _listing(home, target.folder if not inside else None)
         start = time.process_time()
-        faulthandler.dump_traceback_later(HANGS, exit=True)
+        faulthandler.dump_traceback_later(target.hangs, exit=True)
         try:
             with small_memory():
                 accepted = target.look(random)
@@ -238,10 +240,10 @@ def _listing(home: Path, but: Path | None) -> set[tuple[str, int, int]]:
 
 def main(kind: str, home: str, first: str, count: str) -> None:
     """Try inputs, and print what came of them as JSON."""
-    from tests.reliability.fuzz_kinds import KINDS
+    from tests.reliability.fuzz_kinds import KINDS, TESTS
 
     os.fsync = lambda fd: None  # nobody pulls the plug here, and waiting for the disk costs
-    found = try_inputs(KINDS[kind], Path(home), int(first), int(count))
+    found = try_inputs({**KINDS, **TESTS}[kind], Path(home), int(first), int(count))
     print(json.dumps(asdict(found)))
     sys.stdout.flush()
     os._exit(0)  # what is left in threads is not waited for

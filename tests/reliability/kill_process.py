@@ -20,6 +20,8 @@ LONG = 300
 #: Seconds between two looks at a folder or a process.
 _TICK = 0.001
 
+#: What a new process does before the command begins, such as limiting itself.
+Before = Callable[[], None] | None
 #: What is in a folder: name, number, size and time of each file.
 Look = frozenset[tuple[str, int, int, int]]
 
@@ -52,12 +54,10 @@ class Command:
     Args:
         words: the arguments.
         log: a folder for what it writes to stdout and stderr.
-        before: called in the new process, before the command; such as to limit it.
+        before: called in the new process, before the command.
     """
 
-    def __init__(
-        self, words: Sequence[str], log: Path, before: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, words: Sequence[str], log: Path, before: Before = None) -> None:
         log.mkdir(parents=True, exist_ok=True)
         self._out, self._err = log / "stdout.txt", log / "stderr.txt"
         self.started = time.monotonic()
@@ -107,7 +107,7 @@ class Command:
         return self.wait()
 
 
-def run(words: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> Ended:
+def run(words: Sequence[str], log: Path, before: Before = None) -> Ended:
     """Run a command to its end."""
     return Command(words, log, before).wait()
 

@@ -16,7 +16,7 @@ from mlx_hiermem.bank.journal import JOURNAL
 from mlx_hiermem.bank.manifest import MANIFEST
 from mlx_hiermem.corpus.folder import file_sha256
 from tests.reliability.kill_jobs import Job, K
-from tests.reliability.kill_process import Ended, run
+from tests.reliability.kill_process import Before, Ended, run
 
 #: Name -> sha256 of each file of a folder.
 Files = dict[str, str]
@@ -59,8 +59,12 @@ class States:
     known: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, job: Job, place: Path, folder: Path) -> States:
-        """Make them, in ``folder``: by running the command, and by ``job.between``."""
+    def of(cls, job: Job, place: Path, folder: Path, before: Before = None) -> States:
+        """Make them, in ``folder``: by running the command, and by ``job.between``.
+
+        Args:
+            before: called in the new process, before the command.
+        """
         states, work = cls(job), folder / "work"
         if job.source is not None:
             states._enter(place / job.source)
@@ -69,7 +73,7 @@ class States:
             change(work / "model")
             states._enter(work / "model")
         job.prepare(place, work)
-        ended = run(job.words(place, work), folder / "log")
+        ended = run(job.words(place, work), folder / "log", before)
         assert ended.code == 0, ended
         states.last = states._enter(work / job.result)
         expected = 1 + (job.source is not None) + len(job.between)

@@ -68,9 +68,8 @@ class Group:
     @property
     def used(self) -> int:
         """Bytes that its processes have, without what the system keeps of files for them."""
-        table = dict(
-            line.split() for line in (self._folder / "memory.stat").read_text().split("\n") if line
-        )
+        lines = (self._folder / "memory.stat").read_text().splitlines()
+        table = dict(line.split() for line in lines)
         return int(table["anon" if self.version == 2 else "rss"])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import resource
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -31,16 +30,24 @@ pytestmark = pytest.mark.soak
 
 #: Limits of each kind for each command.
 LIMITS = 10
+#: Memory config of a bank of 11 MB, for which some memory is needed while it is written.
+MEDIUM = (1024, 512, 256)
+#: Address space that is enough for every command here, without a fast BLAS: older ones wait forever
+#: for what they do not get, so the package leaves them alone (``backend.preload_blas``).
+ENOUGH = 4 << 30
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_small_place(tmp_path_factory.mktemp("memory"))
+    return make_small_place(tmp_path_factory.mktemp("memory"), MEDIUM)
 
 
 @pytest.fixture(params=WRITING.values(), ids=WRITING, scope="module")
 def stopping(request, place, tmp_path_factory) -> Stopping:
     return Stopping.of(request.param, place, tmp_path_factory.mktemp("stopping"))
+
+
+_GIVEN_UP = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, 1, 127)
 
 
 def how_it_ended(ended: Ended) -> str:
@@ -55,7 +62,8 @@ def how_it_ended(ended: Ended) -> str:
         return "killed by the kernel"
     if ended.code < 0 or "mlx_hiermem: error: " not in ended.err:
         # MLX and OpenBLAS do not tell of memory that they do not get: they end the process.
-        assert ended.code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, 1, 127), ended
+        interrupted = ended.code == 130 and "OpenBLAS" in ended.err  # it raises SIGINT
+        assert interrupted or ended.code in _GIVEN_UP, ended
         return "ended by a library"
     assert ended.code == 2 and "memory" in ended.complaint, ended
     return "refused"
@@ -155,20 +163,21 @@ def test_the_kernel_kills_what_only_reads(place, tmp_path, scaled, figure):
 # ---- a small address space -------------------------------------------------------------
 
 
-def test_a_small_address_space(stopping, tmp_path, scaled, figure):
-    seen, rng, work = Seen(), random.Random(stopping.job.name), tmp_path / "work"
-    stopping.job.prepare(stopping.place, work)
+@pytest.mark.parametrize("name", WRITING)
+def test_a_small_address_space(name, place, tmp_path, scaled, figure):
+    stopping = Stopping.of(WRITING[name], place, tmp_path / "stopping", _limit(ENOUGH))
+    seen, rng, work = Seen(), random.Random(name), tmp_path / "work"
+    stopping.job.prepare(place, work)
     most = _most_mapped(stopping.words(work), stopping.log)
 
     def limited(share: float) -> str:
-        stopping.job.prepare(stopping.place, work)
+        stopping.job.prepare(place, work)
         ended = run(stopping.words(work), stopping.log, _limit((0.05 + 0.95 * share) * most))
         return check_after(stopping, work, ended)
 
     _each(seen, rng, scaled(LIMITS), limited)
-    shutil.rmtree(work)
-    how = f"up to the {most >> 20} MiB that it takes where there is no limit; RLIMIT_AS"
-    seen.tell(figure, f"memory.address space.{stopping.job.name}", how)
+    how = f"up to the {most >> 20} MiB that it takes of {ENOUGH >> 20}; RLIMIT_AS"
+    seen.tell(figure, f"memory.address space.{name}", how)
 
 
 def _limit(size: float) -> Callable[[], None]:
@@ -176,8 +185,8 @@ def _limit(size: float) -> Callable[[], None]:
 
 
 def _most_mapped(words: list[str], log: Path) -> int:
-    """The most address space that a command takes."""
-    command, most = Command(words, log), 0
+    """The most address space that a command takes of what is enough."""
+    command, most = Command(words, log, _limit(ENOUGH)), 0
     path = Path(f"/proc/{command.process.pid}/status")
     while command.process.poll() is None:
         try:

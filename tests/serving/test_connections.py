@@ -140,6 +140,19 @@ def test_a_body_that_nobody_reads_may_come_to_its_end():
     run(test)
 
 
+def test_nonsense_for_a_body_is_answered_once(caplog):
+    """The application has begun by then, and must not answer as well."""
+
+    async def test() -> None:
+        async with connected(HEADERS) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n")
+            answers = await reader.read()
+            assert answers.startswith(b"HTTP/1.1 400 ") and answers.count(b"HTTP/1.1 ") == 1
+
+    run(test)
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
 def test_nonsense_after_the_answer_ends_the_connection():
     async def test() -> None:
         async with connected(HEADERS) as (reader, writer):
