@@ -315,8 +315,8 @@ def _check_metadata(
     for key, size in sizes.items():
         if metadata.get(key) != str(size):
             raise FormatError(
-                f"{path}: metadata {key} is {shown(metadata.get(key))} but its tensors make {size}; "
-                "get the file again"
+                f"{path}: metadata {key} is {shown(metadata.get(key))} but its tensors make "
+                f"{size}; get the file again"
             )
 
 
