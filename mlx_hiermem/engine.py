@@ -129,7 +129,7 @@ class MemoryLM:
         self.encoder = encoder
         self.context_length: int | None = config.get("max_position_embeddings")
         self.dtype = compute_dtype(model)
-        self._owner = Owner(f"{bank.folder}: the model")
+        self._owner = Owner("the model")
         self._running: set[Answer] = set()  # those that are being generated
         self._ahead: ClusterPath | None = None  # to be prefetched when they have ended
 

@@ -130,7 +130,9 @@ def _check_config(folder: Path) -> None:
             "tokens, or no such key"
         )
     try:
-        check_counts(config, count_tensors(folder))
+        tensors = count_tensors(folder)
+        if tensors is not None:
+            check_counts(config, tensors)
         if config["model_type"] == "openlm":
             AnchorShape.of(config)
             check_kinds(config)

@@ -22,14 +22,18 @@ _LONGEST = 1024
 _OTHERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_loops")
 
 
-def count_tensors(folder: Path) -> int:
+def count_tensors(folder: Path) -> int | None:
     """Tensors in the weights of a folder, whose headers are read and checked.
+
+    Returns:
+        How many, or None where no file of weights is there, which mlx-lm says itself.
 
     Raises:
         FormatError: a file is damaged.
     """
     count = 0
-    for path in sorted(folder.glob("model*.safetensors")):
+    paths = sorted(folder.glob("model*.safetensors"))
+    for path in paths:
         try:
             with safe_open(path, framework="numpy") as file:
                 count += len(file.keys())
@@ -38,7 +42,7 @@ def count_tensors(folder: Path) -> int:
             raise FormatError(
                 f"{path}: not a readable safetensors file ({reason}); fetch it again"
             ) from None
-    return count
+    return count if paths else None
 
 
 def check_counts(config: Mapping[str, Any], tensors: int) -> None:

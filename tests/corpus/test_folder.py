@@ -176,7 +176,7 @@ def test_what_is_no_table_is_named(corpus):
     path.write_bytes(b"\xff\xfe")
     fails(corpus, "not valid JSON")
     path.unlink()
-    fails(corpus, "did not come to its end")
+    fails(corpus, "no such file; the folder is not a corpus, or not to its end")
 
 
 # ---- files --------------------------------------------------------------------------------
