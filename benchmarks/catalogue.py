@@ -46,6 +46,7 @@ SPEED = (
     Entry("fetch", "Fetching a path", "section 5, loading",
           "On a hypothetical machine: hierarchical 38 ms, a flat bank of the same fetch size "
           "198 ms; after a topic change 47 ms against 198 ms."),
+    Entry("route", "Finding a path", figure=False),
     Entry("decode", "Decoding with a memory, and changing it", figure=False),
     Entry("ffn_forms", "A branch, or wider matrices", figure=False),
     Entry("train_step", "A training step", "section 3",
