@@ -91,11 +91,15 @@ class Parts:
             return detach(load_control(self.lm, find_model("atlas") / CONTROL_FILE).model)
         model = self._fresh(wanted, seed)
         if wanted.steps:
-            path = self.work / anchor_name(wanted, seed)
+            path = self.anchor_file(wanted, seed)
             if not path.exists():
                 self.train_anchor(wanted, seed, lambda: None)
             model.load_weights(str(path))
         return model
+
+    def anchor_file(self, wanted: Anchor, seed: int) -> Path:
+        """Where an anchor's weights are, once it was trained."""
+        return self.work / anchor_name(wanted, seed)
 
     def train_anchor(self, wanted: Anchor, seed: int, done: Callable[[], object]) -> None:
         """Train an anchor bare, on the corpus in its shuffled order, as the atlas's was.
@@ -110,7 +114,7 @@ class Parts:
             trainer.step()
             done()
         trainer.settle()
-        with _whole(self.work / anchor_name(wanted, seed)) as path:
+        with _whole(self.anchor_file(wanted, seed)) as path:
             save_weights(model, path)
 
     def _fresh(self, wanted: Anchor, seed: int) -> openlm.Model:
