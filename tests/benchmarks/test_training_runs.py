@@ -15,7 +15,7 @@ from benchmarks.studies.training.report import Spread
 from benchmarks.studies.training.routes import HiddenEncoder, Way, find_encoder, routed_texts
 from benchmarks.studies.training.task import Anchor, Result, Score, Task
 from benchmarks.studies.training.trained_encoder import of_vectors, train_encoder
-from benchmarks.studies.training.worker import Run
+from benchmarks.studies.training.worker import Run, make_anchor
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.engine import MemoryLM
@@ -165,13 +165,12 @@ def test_the_generic_memory_is_trained_alone_and_after_the_others(parts):
 
 def test_an_anchor_is_trained_once_and_for_each_seed(parts, monkeypatch):
     wanted = Anchor(hidden=32, ffn=48, layers=2, steps=2)
-    made = []
-    train = Parts.train_anchor
-    monkeypatch.setattr(
-        Parts, "train_anchor", lambda *given: made.append(given[2]) or train(*given)
-    )
+    steps, trained = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self: steps.append(self) or trained(self))
     first, again, other = (parts.anchor(wanted, seed) for seed in (0, 0, 1))
-    assert made == [0, 1]
+    noted = []
+    make_anchor(str(parts.work), asdict(wanted), 1, lambda: noted.append(None))
+    assert len(set(map(id, steps))) == 2 and len(steps) == 2 * wanted.steps == 2 * len(noted)
     a, b, c = (mx.concatenate([p.reshape(-1) for _, p in _flat(one)]) for one in
                (first, again, other))  # fmt: skip
     assert mx.array_equal(a, b) and not mx.array_equal(a, c)

@@ -40,12 +40,6 @@ from .task import Anchor, Task
 from .trained_encoder import of_vectors, train_encoder
 
 
-def anchor_name(anchor: Anchor, seed: int) -> str:
-    """The file of an anchor."""
-    parts = "-".join(f"{name}{value}" for name, value in asdict(anchor).items())
-    return f"anchor-{parts}-seed{seed}.safetensors"
-
-
 @dataclass(frozen=True)
 class Routed:
     """A corpus packed under the leaves of a tree, and where each fact was trained.
@@ -91,22 +85,25 @@ class Parts:
             return detach(load_control(self.lm, find_model("atlas") / CONTROL_FILE).model)
         model = self._fresh(wanted, seed)
         if wanted.steps:
-            path = self.anchor_file(wanted, seed)
-            if not path.exists():
-                self.train_anchor(wanted, seed, lambda: None)
-            model.load_weights(str(path))
+            model.load_weights(str(self.make_anchor(wanted, seed, lambda: None)))
         return model
 
-    def anchor_file(self, wanted: Anchor, seed: int) -> Path:
-        """Where an anchor's weights are, once it was trained."""
-        return self.work / anchor_name(wanted, seed)
-
-    def train_anchor(self, wanted: Anchor, seed: int, done: Callable[[], object]) -> None:
-        """Train an anchor bare, on the corpus in its shuffled order, as the atlas's was.
+    def make_anchor(self, wanted: Anchor, seed: int, done: Callable[[], object]) -> Path:
+        """Train an anchor bare, unless it is there: on the corpus in its shuffled order, as the
+        atlas's was.
 
         Args:
-            done: called after each step.
+            done: called for each step.
+
+        Returns:
+            The file of its weights.
         """
+        sizes = "-".join(f"{name}{value}" for name, value in asdict(wanted).items())
+        file = self.work / f"anchor-{sizes}-seed{seed}.safetensors"
+        if file.exists():
+            for _ in range(wanted.steps):
+                done()
+            return file
         model = self._fresh(wanted, seed)
         settings = self.recipe.anchor_training(wanted.steps, seed)
         trainer = Trainer(model, self.mixed(), settings)
@@ -114,8 +111,9 @@ class Parts:
             trainer.step()
             done()
         trainer.settle()
-        with _whole(self.anchor_file(wanted, seed)) as path:
+        with _whole(file) as path:
             save_weights(model, path)
+        return file
 
     def _fresh(self, wanted: Anchor, seed: int) -> openlm.Model:
         mx.random.seed(seed)

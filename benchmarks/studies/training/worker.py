@@ -32,12 +32,7 @@ Note = Callable[[], object]
 
 def make_anchor(work: str, fields: dict[str, Any], seed: int, note: Note) -> None:
     """Train an anchor that several runs want, unless it is there."""
-    wanted, parts = Anchor(**fields), Parts(Path(work))
-    if parts.anchor_file(wanted, seed).exists():
-        for _ in range(wanted.steps):
-            note()
-    else:
-        parts.train_anchor(wanted, seed, note)
+    Parts(Path(work)).make_anchor(Anchor(**fields), seed, note)
 
 
 def route(work: str, fields: dict[str, Any], note: Note) -> None:
