@@ -19,10 +19,10 @@ slow: $(VENV)/.dev browser
 SHARE := 1
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/reliability -m soak --share $(SHARE) --timeout 0
+	$(BIN)/python -m pytest tests/reliability -m soak --share $(SHARE) --timeout 0 --figures build/soak.json
 
 fuzz: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/reliability -m fuzz --share $(SHARE) --timeout 0
+	$(BIN)/python -m pytest tests/reliability -m fuzz --share $(SHARE) --timeout 0 --figures build/fuzz.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -158,7 +158,9 @@ def play(command: list[str], small: dict[tuple[str, ...], tuple[str, ...]]) -> t
         parsing.parse([program, *arguments])
     elif program == "make":
         for target in arguments:
-            assert target in make_targets(), f"make {target}: no such target in the Makefile"
+            name, equals, _ = target.partition("=")
+            known = make_variables() if equals else make_targets()
+            assert name in known, f"make {target}: no such name in the Makefile"
     elif program == "pip":
         check_extras(" ".join(arguments))
     else:  # others' programs: hf, curl
@@ -266,6 +268,10 @@ def check_calls(tree: ast.Module) -> None:
 
 def make_targets() -> set[str]:
     return set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+
+
+def make_variables() -> set[str]:
+    return set(re.findall(r"^(\w+) [?:]= ", (REPOSITORY / "Makefile").read_text(), re.M))
 
 
 def check_extras(requirements: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import commit, machine
+
 _FIGURES = pytest.StashKey[list[tuple[str, object, str]]]()
 
 
@@ -48,4 +50,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(f"{name:{width}}  {value}  {detail}")
     if path := config.getoption("--figures", None):
         rows = [{"name": name, "value": value, "detail": detail} for name, value, detail in found]
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+        run = {"share": config.getoption("--share"), "commit": commit(), "machine": machine()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**run, "rows": rows}, indent=2) + "\n")
