@@ -25,7 +25,7 @@ from typing import Any
 
 from mlx_hiermem.backend import backend_name
 from mlx_hiermem.commands.tables import table
-from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.errors import HierMemError, InputError
 from mlx_hiermem.files import AtomicFile
 
 _ROOT = Path(__file__).parents[1]
@@ -218,6 +218,7 @@ def main(
         options(parser)
     try:
         args = parser.parse_args(argv)
+        _check_places(args)
         rows = list(measure(args.smoke if options is None else args))
     except HierMemError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
@@ -238,6 +239,20 @@ def main(
         with AtomicFile(args.json.parent, args.json.name) as file:
             file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     return 0
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Raise InputError where a file that is asked for cannot be written, before minutes of work."""
+    for name in ("json", "png"):
+        path = getattr(args, name, None)
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--{name} {path}: cannot be written ({error.strerror})") from None
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InputError(f"--{name} {path}: cannot be written; name a file of yours")
 
 
 def model_option(parser: argparse.ArgumentParser) -> None:

@@ -106,13 +106,6 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     ):  # fmt: skip
         if value < least:
             raise InputError(f"--{name} is {value}; expected at least {least}")
-    if args.png is not None:  # before minutes of work
-        try:
-            args.png.parent.mkdir(parents=True, exist_ok=True)
-            args.png.touch()
-        except OSError as error:
-            message = f"--png {args.png}: cannot be written ({error.strerror})"
-            raise InputError(message) from None
     home = find_model(args.model)
     questions, _ = read_questions(home / QUESTIONS_FILE)
     lm = load(home)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from mlx_hiermem.bank.dtypes import to_storage
+from mlx_hiermem.bank.manifest import write_manifest
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import MemoryConfig
+from tests.tiny import make_tiny_model
 
 
 def _config(ranks=(3, 2), branching=2, dtype="bfloat16", hidden=4, layers=2, **more):
@@ -71,3 +73,17 @@ def make():
 def bank(tmp_path, make):
     """A bank of two levels with 2 and 4 clusters, bfloat16."""
     return make.bank(tmp_path / "memory")
+
+
+@pytest.fixture
+def even_bank(tmp_path, make):
+    """A bank of two levels with 2 and 4 clusters and equal ranks, so that files look alike."""
+    made = make.bank(tmp_path / "memory", make.config((2, 2), hidden=32))
+    (made.folder / "blocked.json").write_text('{"blocked": [[1, 1]]}\n')
+    write_manifest(made.folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("attacks") / "tiny")

@@ -25,7 +25,6 @@ from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import ConfigError, FormatError
 from tests.bank.attacking import bank_commands, command, open_refused, refused, verify
 from tests.bank.mutations import redo_checksums, reseal, split
-from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 LEVEL1 = "level-1-00000-of-00001.safetensors"
@@ -49,17 +48,8 @@ def no_hang():
 
 
 @pytest.fixture
-def bank(tmp_path, make):
-    """A bank of two levels with 2 and 4 clusters and equal ranks, so that files look alike."""
-    made = make.bank(tmp_path / "memory", make.config((2, 2), hidden=32))
-    (made.folder / "blocked.json").write_text('{"blocked": [[1, 1]]}\n')
-    write_manifest(made.folder)
-    return made
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("attacks") / "tiny")
+def bank(even_bank):
+    return even_bank
 
 
 def _swap(one, other):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -19,23 +18,9 @@ from mlx_hiermem.bank.dtypes import from_storage
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.errors import FormatError
 from mlx_hiermem.memories.layout import JoinedLayout
+from tests.bank.reading import counted
 
 DISK = {1: "disk", 2: "disk", 3: "disk"}
-
-
-@contextmanager
-def counted():
-    """Bytes of each read of a file."""
-    reads, preadv = [], os.preadv
-
-    def count(fd, buffers, offset, flags=0):
-        done = preadv(fd, buffers, offset, flags)
-        reads.append(done)
-        return done
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "preadv", count)
-        yield reads
 
 
 def _numbers(array):

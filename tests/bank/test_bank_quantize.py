@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +24,7 @@ from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import DTYPE_BYTES
 from mlx_hiermem.errors import FormatError
 from mlx_hiermem.quantization import MODES, Quantization
+from tests.bank.reading import counted
 
 EVERY = [
     Quantization(bits, group_size, mode)
@@ -97,21 +96,6 @@ def _same(memory, packed, path):
     joined = getattr(memory, "joined", memory)
     assert joined.dtype == expected.dtype
     np.testing.assert_array_equal(_bits(joined), _bits(expected))
-
-
-@contextmanager
-def counted():
-    """Bytes of each read of a file."""
-    reads, preadv = [], os.preadv
-
-    def count(fd, buffers, offset, flags=0):
-        done = preadv(fd, buffers, offset, flags)
-        reads.append(done)
-        return done
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "preadv", count)
-        yield reads
 
 
 @pytest.fixture

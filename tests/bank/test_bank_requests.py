@@ -5,29 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_hiermem.bank.manifest import write_manifest
 from mlx_hiermem.bank.parts import Part
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.errors import BudgetError, ConfigError, PathError
 from tests.bank.attacking import command, open_refused, refused
-from tests.tiny import make_tiny_model
 
 LEVEL1 = "level-1-00000-of-00001.safetensors"
 FIRST, SECOND = (f"level-2-0000{number}-of-00002.safetensors" for number in (0, 1))
 
 
 @pytest.fixture
-def bank(tmp_path, make):
-    """A bank of two levels with 2 and 4 clusters and equal ranks, so that files look alike."""
-    made = make.bank(tmp_path / "memory", make.config((2, 2), hidden=32))
-    (made.folder / "blocked.json").write_text('{"blocked": [[1, 1]]}\n')
-    write_manifest(made.folder)
-    return made
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("attacks") / "tiny")
+def bank(even_bank):
+    return even_bank
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,14 @@ def test_a_script_prints_a_table_and_writes_json(tmp_path, capsys):
     assert report["machine"]["cores"] >= 1 and report["machine"]["backend"] and report["commit"]
 
 
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "x.json", tmp_path):
+        assert harness.main("x", lambda smoke: pytest.fail("measured"), ["--json", str(place)]) == 2
+        assert f"--json {place}: cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
 def test_the_commit_is_told_only_of_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "_ROOT", tmp_path)
     assert harness.commit() == "unknown"

@@ -15,23 +15,10 @@ from benchmarks.studies import blocking as study_blocking
 from benchmarks.studies import wrong_path as study_wrong_path
 from benchmarks.studies.asking import paths as study_paths
 from benchmarks.studies.asking.table import open_study, tuples
-from mlx_hiermem import load
 from mlx_hiermem.evaluation.questions import read_questions
 from mlx_hiermem.routing.tree import AddedTree, ClusterTree
 from mlx_hiermem.scoring import score
-from tests.benchmarks.study_model import N, make_study_model, rows, run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_study_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def lm(model):
-    lm = load(model)
-    yield lm
-    lm.bank.close()
+from tests.benchmarks.study_model import N, rows, run
 
 
 @pytest.fixture

@@ -14,13 +14,7 @@ from benchmarks.studies.asking import variants as study_variants
 from mlx_hiermem import load
 from mlx_hiermem.evaluation.facts import QUESTIONS_FILE, Question
 from mlx_hiermem.evaluation.questions import read_questions
-from tests.benchmarks.study_model import make_study_model, rows
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_study_model(tmp_path_factory.mktemp("models") / "tiny")
-
+from tests.benchmarks.study_model import rows
 
 # ---- variants --------------------------------------------------------------------------
 

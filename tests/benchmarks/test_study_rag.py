@@ -13,27 +13,14 @@ from mlx.utils import tree_flatten
 from benchmarks.studies import rag as study_rag
 from benchmarks.studies.asking import flops as study_flops
 from benchmarks.studies.asking.store import Store
-from mlx_hiermem import load
 from mlx_hiermem.anchors import openlm
 from mlx_hiermem.errors import ConfigError, InputError
 from mlx_hiermem.evaluation import facts
 from mlx_hiermem.evaluation.questions import read_questions
-from tests.benchmarks.study_model import make_study_model, rows, run
+from tests.benchmarks.study_model import rows, run
 from tests.tiny import random_texts
 
 TEXTS = sorted(f"{text}." for text in random_texts(30, seed=9))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_study_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def lm(model):
-    lm = load(model)
-    yield lm
-    lm.bank.close()
 
 
 @pytest.fixture

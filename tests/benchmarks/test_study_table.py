@@ -29,11 +29,6 @@ STUDIES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_study_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
 def questions(model):
     return read_questions(model / QUESTIONS_FILE)[0]

@@ -90,13 +90,6 @@ def open_study(args: argparse.Namespace, limit: int, family: str | None = None) 
         raise InputError(f"--limit is {count}; expected at least 1")
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}; expected at least 0")
-    if args.png is not None:  # before minutes of work
-        try:
-            args.png.parent.mkdir(parents=True, exist_ok=True)
-            args.png.touch()
-        except OSError as error:
-            message = f"--png {args.png}: cannot be written ({error.strerror})"
-            raise InputError(message) from None
     home = find_model(args.model)
     every, buckets = read_questions(home / facts.QUESTIONS_FILE)
     asked = [question for question in every if family in (None, question.family)]
