@@ -14,6 +14,7 @@ class Entry:
         title: what it measures.
         paper: which figure or table of the paper it is the counterpart of; "" for none.
         says: what the paper says, in our words and with its figures.
+        remark: what to bear in mind with our result; without figures, which a run may change.
         arguments: for a run whose figures count, besides those that all have.
         figure: whether it draws one (``--png``).
         keeps: whether it takes ``--work``, where parts and results of training runs are kept.
@@ -23,6 +24,7 @@ class Entry:
     title: str
     paper: str = ""
     says: str = ""
+    remark: str = ""
     arguments: tuple[str, ...] = ()
     figure: bool = True
     keeps: bool = False
@@ -37,8 +39,8 @@ def _study(name: str, title: str, paper: str = "", says: str = "", **more) -> En
     return Entry(f"studies.{name}", title, paper, says, **more)
 
 
-def _training(name: str, title: str, paper: str = "", says: str = "") -> Entry:
-    return _study(name, title, paper, says, keeps=True)
+def _training(name: str, title: str, paper: str = "", says: str = "", **more) -> Entry:
+    return _study(name, title, paper, says, keeps=True, **more)
 
 
 #: What is measured as a ratio of times or bytes, side by side in one run.
@@ -61,12 +63,18 @@ SPEED = (
 #: What the paper shows, and what it left open, on the atlas.
 STUDIES = (
     _study("frequency", "Accuracy by how often a fact was trained", "figure 1",
-           "Rarest bucket of the atomic numbers, 1.4B: 17 % without, 83 % with fetched memory."),
+           "Rarest bucket of the atomic numbers, 1.4B: 17 % without, 83 % with fetched memory.",
+           remark="The rarer buckets hardly differ in how often their facts are in the corpus; "
+           "there generic memory is near the floor and fetched memory near the ceiling."),
     _training("kinds", "Kinds of memory", "figure 3a",
-              "FFN memories are the best of five kinds at every size."),
+              "FFN memories are the best of five kinds at every size.",
+              remark="The learning rate of each kind is the best of three at the smallest size; at "
+              "the larger ones another may be better (kinds.md)."),
     _training("levels", "Levels of the tree", "figure 3b",
               "At one fetch size deeper levels are better."),
-    _training("sizes", "Sizes of a fetch", "figures 3c and 3d", "A bigger fetch is better."),
+    _training("sizes", "Sizes of a fetch", "figures 3c and 3d", "A bigger fetch is better.",
+              remark="All sizes have the same steps and learning rate. Whether the largest would "
+              "go on gaining with a schedule of their own was not examined."),
     _training("bank_sizes", "Fetch against bank", "figure 4a",
               "A bigger fetch and a bigger bank are each strictly better."),
     _training("shares", "Memory against anchor at one size at run time", "figure 4b",

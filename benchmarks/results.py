@@ -75,6 +75,8 @@ def section(entry: Entry, one: dict[str, Any], text: str) -> str:
         lines.append(f"- {claim}: **{_SIGNS[holds]}**")
     if lines[-1]:
         lines.append("")
+    if entry.remark:
+        lines += [entry.remark, ""]
     lines += [f"`python -m benchmarks.{entry.name}`", "", "```", text, "```", ""]
     return "\n".join(lines)
 
