@@ -22,7 +22,7 @@ from mlx_hiermem.anchors import openlm
 from mlx_hiermem.bank.dtypes import to_storage
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import AnchorShape, MemoryConfig
-from mlx_hiermem.routing.encoder import load_encoder
+from mlx_hiermem.routing.loading import load_encoder
 from mlx_hiermem.routing.tree import ClusterTree
 
 from .made_up import make_documents, write_bert, write_tokenizer

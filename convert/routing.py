@@ -15,7 +15,7 @@ from mlx_hiermem.config import ENCODER_TYPES
 from mlx_hiermem.corpus.info import INFO
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.folders import copy_file
-from mlx_hiermem.routing.encoder import load_encoder
+from mlx_hiermem.routing.loading import load_encoder
 from mlx_hiermem.routing.tree import ClusterTree
 from mlx_hiermem.shapes import shown
 from mlx_hiermem.tree_source import TREE, Routing, open_routing

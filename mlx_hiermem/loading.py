@@ -18,7 +18,8 @@ from .engine import MemoryLM
 from .errors import ConfigError
 from .memories import attach
 from .models import find_model
-from .routing.encoder import Encoder, load_encoder
+from .routing.encoder import Encoder
+from .routing.loading import load_encoder
 from .routing.tree import ClusterTree
 
 

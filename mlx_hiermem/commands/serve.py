@@ -21,7 +21,7 @@ from ..errors import InputError
 from .options import add_model_arguments, load_model, parse_bytes
 
 if TYPE_CHECKING:
-    from ..serving.app import Settings
+    from ..serving.settings import Settings
 
 KEY_VARIABLE = "MLX_HIERMEM_API_KEY"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -170,7 +170,7 @@ def find_key(args: argparse.Namespace) -> str | None:
 
 def settings(args: argparse.Namespace, key: str | None) -> Settings:
     """What the application is told of the options."""
-    from ..serving.app import Settings
+    from ..serving.settings import Settings
 
     exists = Path(args.model).expanduser().exists()
     roots = {os.path.expanduser("~")}

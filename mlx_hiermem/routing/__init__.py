@@ -4,7 +4,8 @@ Light to import: only numpy and safetensors. The BERT encoder brings in MLX and 
 it is loaded.
 """
 
-from .encoder import Encoder, load_encoder
+from .encoder import Encoder
+from .loading import load_encoder
 from .tree import ClusterPath, ClusterTree
 
 __all__ = ["ClusterPath", "ClusterTree", "Encoder", "load_encoder"]

@@ -11,13 +11,12 @@ An encoder turns texts into the unit vectors that are routed. ``memory/config.js
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, InputError
+from ..errors import InputError
 
 
 class Encoder(ABC):
@@ -39,61 +38,6 @@ class Encoder(ABC):
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """The entry ``encoder`` of ``memory/config.json`` that loads this encoder."""
-
-
-def load_encoder(
-    config: Mapping[str, Any], *, folder: str | Path, anchor: Any = None, tokenizer: Any = None
-) -> Encoder:
-    """The encoder that ``config`` names.
-
-    Args:
-        config: the entry ``encoder`` of ``memory/config.json``.
-        folder: the memory folder; file names in ``config`` are relative to it.
-        anchor: the model whose token embeddings the type "embeddings" takes.
-        tokenizer: the anchor's tokenizer, for the same type.
-
-    Raises:
-        ConfigError: unknown type or key, a value of the wrong type, or no anchor where one is
-            needed.
-        FormatError: a file is missing or damaged.
-    """
-    kind = config.get("type") if isinstance(config, Mapping) else None
-    if kind == "embeddings":
-        from .embeddings import EmbeddingEncoder, embedding_table
-
-        values = check_config(config, {"lowercase": bool, "file": str})
-        if anchor is None or tokenizer is None:
-            raise ConfigError(
-                "encoder: type embeddings needs the anchor and its tokenizer; load the whole model"
-            )
-        return EmbeddingEncoder.load(folder, embedding_table(anchor), tokenizer, **values)
-    if kind == "bert":
-        from .bert import BertEncoder
-
-        values = check_config(config, {"model": str, "revision": str, "max_length": int})
-        return BertEncoder.load(folder=folder, **values)
-    raise ConfigError(f"encoder: type is {kind!r}; known are embeddings, bert")
-
-
-def check_config(config: Mapping[str, Any], known: Mapping[str, type]) -> dict[str, Any]:
-    """The values of ``config`` besides its type; unknown keys and wrong types are refused.
-
-    A null value counts as not given.
-    """
-    values = {key: value for key, value in config.items() if key != "type"}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"encoder: unknown key {', '.join(unknown)} for type {config['type']}; known keys are "
-            f"{', '.join(known)}"
-        )
-    values = {key: value for key, value in values.items() if value is not None}
-    for key, value in values.items():
-        if type(value) is not known[key]:
-            raise ConfigError(
-                f"encoder: {key} is {value!r}; expected a value of type {known[key].__name__}"
-            )
-    return values
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -32,6 +31,7 @@ from .job import Dead, Full, Job
 from .metrics import CONTENT_TYPE, Metrics, Seen
 from .objects import Writer, model_object
 from .responses import HANDLERS, JSONResponse
+from .settings import Settings
 from .streaming import EventStream, Following
 
 #: The endpoints that a request may be counted under.
@@ -39,31 +39,6 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/m
 
 _TOKENIZERS = 2  # texts that are made tokens at once
 _LONGEST_TOKEN = 64  # characters: no text is made tokens that could fit with longer ones only
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the server allows.
-
-    Attributes:
-        model: the name that the model is served under.
-        max_tokens: the most tokens of an answer.
-        max_body: the most bytes of a request's body.
-        max_open: the most requests at once, whatever they wait for.
-        timeout: seconds from a request to the end of its answer.
-        api_key: is asked for if it is there; ``/health`` alone is open.
-        allow_origins: web pages that may ask from a browser; "*" is all.
-        roots: folders that no answer may name.
-    """
-
-    model: str
-    max_tokens: int = 2048
-    max_body: int = 4 * 2**20
-    max_open: int = 256
-    timeout: float = 600.0
-    api_key: str | None = None
-    allow_origins: tuple[str, ...] = ()
-    roots: tuple[str, ...] = ()
 
 
 def make_app(

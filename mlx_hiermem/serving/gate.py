@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -15,9 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError, busy, stopped
 from .metrics import Metrics
 from .objects import to_json
-
-if TYPE_CHECKING:
-    from .app import Settings
+from .settings import Settings
 
 _VANISHED = "499"  # the status that proxies note for clients that went away
 

@@ -19,9 +19,10 @@ import uvicorn
 from uvicorn.server import ServerState
 
 import mlx_hiermem
-from mlx_hiermem.serving.app import Settings, make_app
+from mlx_hiermem.serving.app import make_app
 from mlx_hiermem.serving.connections import Connection
 from mlx_hiermem.serving.scheduler import Scheduler
+from mlx_hiermem.serving.settings import Settings
 from tests.bank.mutations import mutated_json
 from tests.reliability.fuzz_mutations import WORDS, anywhere
 from tests.reliability.fuzz_process import Target

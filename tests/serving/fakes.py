@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from mlx_hiermem.errors import InputError
-from mlx_hiermem.serving.app import Settings, make_app
+from mlx_hiermem.serving.app import make_app
 from mlx_hiermem.serving.job import (
     Dead,
     Event,
@@ -24,6 +24,7 @@ from mlx_hiermem.serving.job import (
     TokenLogprob,
     TopLogprob,
 )
+from mlx_hiermem.serving.settings import Settings
 
 FETCH = {
     "bytes": 12,
