@@ -17,7 +17,8 @@ import numpy as np
 
 from ..errors import ConfigError, FormatError, InputError
 from ..routing.embeddings import FILE, EmbeddingEncoder
-from ..routing.encoder import Encoder, load_encoder
+from ..routing.encoder import Encoder
+from ..routing.loading import load_encoder
 from .config import DEFAULT_ENCODER, EMBEDDINGS, CorpusConfig
 from .info import INFO
 from .prepare import prepare
