@@ -186,11 +186,14 @@ def _flat(model):
 
 
 @pytest.mark.parametrize("regime", ["cotrain", "scratch", "frozen"])
-def test_what_a_regime_trains(parts, regime):
+def test_what_a_regime_trains(parts, regime, monkeypatch):
     anchor = Anchor(hidden=32, ffn=48, layers=2, steps=2)
     task = replace(TASK, regime=regime, anchor=anchor, layers=(1,))
-    before = parts.anchor(anchor, 0)
+    before, make, made = parts.anchor(anchor, 0), Parts.anchor, []
+    monkeypatch.setattr(Parts, "anchor", lambda *given: made.append(make(*given)) or made[-1])
     result, _ = run(task, parts)
+    tables = [one.model.embed_tokens.weight for one in (before, made[0])]
+    assert mx.array_equal(*tables) == (regime != "scratch")
     alone = run(replace(task, regime="anchor", steps=1, rate=1e-12), parts)[0].scores["none"]
     changed = result.scores["none"].perplexity != pytest.approx(alone.perplexity, rel=1e-4)
     assert changed == (regime != "frozen")

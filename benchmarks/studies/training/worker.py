@@ -81,8 +81,8 @@ class Run:
             base_anchor=self._base(anchor),
         )  # fmt: skip
         model = attach(anchor, config)
-        if task.regime != "frozen":
-            anchor.model.embed_tokens.freeze()  # as in the recipe
+        if task.regime == "cotrain":
+            anchor.model.embed_tokens.freeze()  # as in the recipe; they are trained already
         trainer = Trainer(model, routed.corpus, settings(task, self.recipe))
 
         def score() -> Score:
