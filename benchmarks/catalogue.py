@@ -73,8 +73,9 @@ STUDIES = (
     _training("levels", "Levels of the tree", "figure 3b",
               "At one fetch size deeper levels are better."),
     _training("sizes", "Sizes of a fetch", "figures 3c and 3d", "A bigger fetch is better.",
-              remark="All sizes have the same steps and learning rate. Whether the largest would "
-              "go on gaining with a schedule of their own was not examined."),
+              remark="All sizes have the same steps and learning rate. So many steps are too few "
+              "for the largest: with more of them a larger fetch catches up (see tokens for each "
+              "parameter of the bank)."),
     _training("bank_sizes", "Fetch against bank", "figure 4a",
               "A bigger fetch and a bigger bank are each strictly better."),
     _training("shares", "Memory against anchor at one size at run time", "figure 4b",
@@ -88,7 +89,10 @@ STUDIES = (
               "33.8 to 39.6; without memory 34.1."),
     _study("rag", "Against retrieval", "table 3",
            "At equal retrieval RAG costs 1.7 to 2.3 times the FLOPs, memory 1.1 times, and memory "
-           "scores higher."),
+           "scores higher.",
+           remark="An anchor as small as the atlas's cannot use a document in its context, not even "
+           "the right one (oracle). So what is said of accuracy here says nothing about retrieval "
+           "with models that can; what it costs does not depend on that."),
     _training("tokens", "Tokens for each parameter of the bank", "figure 7"),
     _training("placement", "Layers with memory", "table 9",
               "Uniform and late are equally good; late is best on atomic numbers, early worst."),
