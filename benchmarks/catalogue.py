@@ -90,9 +90,9 @@ STUDIES = (
     _study("rag", "Against retrieval", "table 3",
            "At equal retrieval RAG costs 1.7 to 2.3 times the FLOPs, memory 1.1 times, and memory "
            "scores higher.",
-           remark="An anchor as small as the atlas's cannot use a document in its context, not even "
-           "the right one (oracle). So what is said of accuracy here says nothing about retrieval "
-           "with models that can; what it costs does not depend on that."),
+           remark="An anchor as small as the atlas's cannot use a document in its context, not "
+           "even the right one (oracle). So the accuracy here says nothing about retrieval with "
+           "models that can; what it costs does not depend on that."),
     _training("tokens", "Tokens for each parameter of the bank", "figure 7"),
     _training("placement", "Layers with memory", "table 9",
               "Uniform and late are equally good; late is best on atomic numbers, early worst."),
