@@ -148,7 +148,8 @@ def draw(topics: Sequence[Topic], found: Mapping[int, Mapping[str, Leakage]], pa
                 ]
             )
             mean = shares.mean(axis=0)
-            spread = [mean - shares.min(axis=0), shares.max(axis=0) - mean]
+            # The mean of equal numbers may be off by a bit.
+            spread = np.maximum([mean - shares.min(axis=0), shares.max(axis=0) - mean], 0)
             axes.bar(places + offset, mean, 0.38, yerr=spread, capsize=2, label=label, color=color)
         axes.set_xticks(places, names, rotation=30, ha="right")
         axes.set_title(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from dataclasses import asdict, replace
 
 import mlx.core as mx
@@ -287,6 +288,12 @@ def test_the_hidden_encoder_is_a_mean_over_tokens(parts):
 
 
 # ---- reports ---------------------------------------------------------------------------
+
+
+def test_seeds_that_agree_have_no_spread(tmp_path):
+    assert statistics.fmean([54.3] * 3) < 54.3  # by a bit
+    assert Spread.of([54.3] * 3) == Spread(54.3, 54.3, 54.3)
+    report.draw_bars(tmp_path / "x.png", {"facts %": {"a": Spread.of([54.3] * 3)}})
 
 
 def test_lines_show_mean_and_half_range():

@@ -31,7 +31,9 @@ class Spread:
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         found = list(values)
-        return cls(statistics.fmean(found), min(found), max(found))
+        low, high = min(found), max(found)
+        # The mean of equal numbers may be off by a bit, and then lie outside of them.
+        return cls(min(max(statistics.fmean(found), low), high), low, high)
 
     def show(self, digits: int = 2) -> str:
         """``83.1 ±0.4``: the mean, and half of the range."""
