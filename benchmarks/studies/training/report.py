@@ -250,7 +250,8 @@ def draw_bars(
             seen.append(bare[name])
             axis.legend(fontsize="small")
         low, high = min(seen), max(seen)
-        axis.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low) or None)
+        if low < high:
+            axis.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
         axis.tick_params(axis="x", rotation=20 if len(bars) > 5 else 0)
     _save(figure, path)
 
