@@ -244,15 +244,11 @@ def draw_bars(
         ]
         axis.bar(list(bars), means, yerr=whiskers, capsize=3, color="tab:blue")
         axis.set_title(name)
-        seen = [*means]
         if bare is not None and name in bare:
-            axis.axhline(bare[name], color="grey", linestyle=":", label="no memory")
-            seen.append(bare[name])
-            axis.legend(fontsize="small")
-        low, high = min(seen), max(seen)
-        if low < high:
-            axis.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
-        axis.tick_params(axis="x", rotation=20 if len(bars) > 5 else 0)
+            axis.axhline(bare[name], color="black", linestyle=":", label="no memory")
+            axis.legend(fontsize="small", loc="lower right")
+        if len(bars) > 5:  # the labels need room
+            axis.set_xticks(range(len(bars)), list(bars), rotation=35, ha="right")
     _save(figure, path)
 
 
