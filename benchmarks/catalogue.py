@@ -97,7 +97,10 @@ STUDIES = (
     _training("placement", "Layers with memory", "table 9",
               "Uniform and late are equally good; late is best on atomic numbers, early worst."),
     _study("wrong_path", "What a wrong path costs"),
-    _training("agreement", "Do questions arrive where their facts were trained"),
+    _training("agreement", "Do questions arrive where their facts were trained",
+              remark="Where they do not arrive, memory is worse than none. What of a document is "
+              "routed weighs more than the encoder. The paper's encoder is not among these, as "
+              "its weights were not at hand: `--bert MODEL` adds it."),
     _study("prompts", "Prompts that are shortened or misspelt"),
     _study("beams", "Two nearest leaves instead of one"),
     Entry("refetch", "A topic that changes in mid-conversation"),
