@@ -107,7 +107,7 @@ def test_regimes_train_as_long_as_each_other():
     tasks = {task.label[:2]: task for task in regimes.tasks()}
     anchor = {name: task.anchor.steps for name, task in tasks.items()}
     assert {anchor[name] + tasks[name].steps for name in ("A1", "A2", "A3", "A4", "B3")} == {
-        regimes.ANCHOR.steps + runs.STEPS
+        regimes.ANCHOR.steps + regimes.STEPS
     }
 
 
