@@ -1,4 +1,4 @@
-"""docs/results.md: every study beside what the paper says, from one run of them all."""
+"""docs/results.md: every study beside what the paper says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_hiermem.files import AtomicFile
 
 from .catalogue import ALL, STUDIES, Entry
 from .claims import verdicts
-from .run import about, printed, read_results
+from .run import machine_line, printed, read_results
 
 _HEAD = """# Results
 
@@ -28,7 +28,9 @@ _SIGNS = {True: "agrees", False: "does not agree", None: "not measured"}
 
 
 def write_results(folder: Path, docs: Path) -> None:
-    """Write docs/results.md, and the figures into docs/images/results.
+    """Renew docs/results.md, and the figures in docs/images/results, by what a run holds.
+
+    Sections of studies that the run does not hold stay as they are.
 
     Args:
         folder: of a run.
@@ -38,36 +40,72 @@ def write_results(folder: Path, docs: Path) -> None:
         InputError: the folder holds no results of studies, or those of a smoke run.
     """
     found = read_results(folder)
-    entries = [entry for entry in ALL if entry.short in found and (entry.paper or entry in STUDIES)]
-    if not any(entry in STUDIES for entry in entries):
+    shown = {one.short: one for one in ALL if one.paper or one in STUDIES}
+    found = {name: one for name, one in found.items() if name in shown}
+    if not found:
         raise InputError(f"{folder}: holds no results of studies; run `python -m benchmarks run`")
-    if smoke := [entry.short for entry in entries if found[entry.short]["smoke"]]:
+    if smoke := [name for name in found if found[name]["smoke"]]:
         raise InputError(f"{folder}: {smoke[0]} is of a smoke run, whose values say nothing")
-    parts = [_HEAD, about(found), "", summary(entries, found), ""]
+    before = _Page.read(docs / "results.md")
+    commits = before.commits
+    for one in found.values():
+        commits.setdefault(machine_line(one["machine"]), set()).add(one["commit"])
     images = docs / "images" / "results"
     images.mkdir(parents=True, exist_ok=True)
-    for entry in entries:
-        parts += [section(entry, found[entry.short], printed(folder, entry))]
-        picture = folder / f"{entry.short}.png"
-        if picture.exists():
-            shutil.copyfile(picture, images / picture.name)
-            parts += [f"![{entry.title}](images/results/{picture.name})", ""]
+    claims, sections = [], []
+    for entry in shown.values():
+        if entry.short in found:
+            one = found[entry.short]
+            claims += summary(entry, one)
+            picture = folder / f"{entry.short}.png"
+            if picture.exists():
+                shutil.copyfile(picture, images / picture.name)
+            sections.append(section(entry, one, printed(folder, entry), picture.exists()))
+        elif entry.title in before.sections:
+            claims += before.claims(entry.title)
+            sections.append(before.sections[entry.title])
+    measured = [f"{one}; commit {', '.join(sorted(commits[one]))}." for one in commits]
+    table = ["| paper | claim | here |", "|---|---|---|", *claims]
     with AtomicFile(docs, "results.md") as file:
-        file.write("\n".join(parts).encode())
+        file.write("\n".join([_HEAD, *measured, "", *table, "", *sections]).encode())
 
 
-def summary(entries: list[Entry], found: dict[str, Any]) -> str:
-    """A table of all claims."""
-    lines = ["| paper | claim | here |", "|---|---|---|"]
-    for entry in entries:
-        for text, holds in verdicts(entry.short, _values(found[entry.short])):
-            where = f"[{entry.paper or entry.title}](#{_anchor(entry.title)})"
-            lines.append(f"| {where} | {text} | {_SIGNS[holds]} |")
-    return "\n".join(lines)
+class _Page:
+    """docs/results.md as it was written last.
+
+    Attributes:
+        commits: those that were measured, by machine.
+        sections: the text of each study, from its heading on, by title.
+    """
+
+    def __init__(self, text: str) -> None:
+        head, *parts = text.split("\n## ")
+        self._lines = head.splitlines()
+        self.sections = {part.split("\n", 1)[0]: f"## {part}" for part in parts}
+        self.commits: dict[str, set[str]] = {}
+        for line in self._lines:
+            machine, found, commits = line.rstrip(".").partition("; commit ")
+            if found:
+                self.commits[machine] = set(commits.split(", "))
+
+    @classmethod
+    def read(cls, path: Path) -> _Page:
+        return cls(path.read_text().rstrip("\n") + "\n" if path.exists() else "")
+
+    def claims(self, title: str) -> list[str]:
+        """The rows of the table of all claims that are about a study."""
+        return [line for line in self._lines if f"](#{_anchor(title)}) |" in line]
 
 
-def section(entry: Entry, one: dict[str, Any], text: str) -> str:
-    """One study."""
+def summary(entry: Entry, one: dict[str, Any]) -> list[str]:
+    """Rows of the table of all claims."""
+    where = f"[{entry.paper or entry.title}](#{_anchor(entry.title)})"
+    found = verdicts(entry.short, _values(one))
+    return [f"| {where} | {text} | {_SIGNS[holds]} |" for text, holds in found]
+
+
+def section(entry: Entry, one: dict[str, Any], text: str, drawn: bool) -> str:
+    """One study, with its figure if there is one."""
     lines = [f"## {entry.title}", ""]
     if entry.paper:
         lines += [f"The paper's {entry.paper}. {entry.says}".rstrip(), ""]
@@ -78,6 +116,8 @@ def section(entry: Entry, one: dict[str, Any], text: str) -> str:
     if entry.remark:
         lines += [entry.remark, ""]
     lines += [f"`python -m benchmarks.{entry.name}`", "", "```", text, "```", ""]
+    if drawn:
+        lines += [f"![{entry.title}](images/results/{entry.short}.png)", ""]
     return "\n".join(lines)
 
 

@@ -145,11 +145,14 @@ def printed(out: Path, entry: Entry) -> str:
 def about(found: Mapping[str, Mapping[str, Any]]) -> str:
     """On what, and at which commit, results were measured."""
     one = next(iter(found.values()))
-    where = one["machine"]
     commits = sorted({other["commit"] for other in found.values()})
     smoke = " **A smoke run: the values say nothing.**" if one["smoke"] else ""
+    return f"{machine_line(one['machine'])}; commit {', '.join(commits)}.{smoke}"
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """A machine and its versions, as people read them."""
     return (
-        f"{where['processor']}, {where['cores']} cores, backend {where['backend']}, MLX "
-        f"{where['mlx']}, Python {where['python']}, {where['system']}; commit "
-        f"{', '.join(commits)}.{smoke}"
+        f"{machine['processor']}, {machine['cores']} cores, backend {machine['backend']}, MLX "
+        f"{machine['mlx']}, Python {machine['python']}, {machine['system']}"
     )

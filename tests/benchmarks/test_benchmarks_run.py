@@ -144,6 +144,27 @@ def test_results_stand_beside_the_paper(tmp_path):
     assert read_results(tmp_path / "run")["levels"]["commit"] in page
 
 
+def test_a_later_run_renews_its_own_sections(tmp_path):
+    first, second, docs = tmp_path / "first", tmp_path / "second", tmp_path / "docs"
+    write(first, "levels", LEVELS, text="level  facts %")
+    write(first, "sizes", {"sizes.facts@1": 0.2, "sizes.facts@2": 0.1}, text="size  facts %")
+    write(second, "sizes", {"sizes.facts@1": 0.1, "sizes.facts@2": 0.2}, text="new", commit="def")
+    write(second, "shapes", {"shapes.facts@4-1": 0.2}, text="## shape  facts %", commit="def")
+    assert main(["results", str(first), "--docs", str(docs)]) == 0
+    before = (docs / "results.md").read_text()
+    assert main(["results", str(second), "--docs", str(docs)]) == 0
+    page = (docs / "results.md").read_text()
+    levels = before[before.index("## Levels") : before.index("## Sizes")]
+    assert levels in page and "level  facts %" in levels
+    assert "a bigger fetch is better: **agrees**" in page and "size  facts %" not in page
+    assert page.count("| at one fetch size, the deeper") == page.count("| a bigger fetch is") == 1
+    assert page.index("## Levels") < page.index("## Sizes") < page.index("## Other trees")
+    assert "commit abc, def." in page
+    assert main(["results", str(first), "--docs", str(docs)]) == 0
+    assert main(["results", str(second), "--docs", str(docs)]) == 0
+    assert (docs / "results.md").read_text() == page
+
+
 def test_a_smoke_run_does_not_get_into_the_docs(tmp_path, capsys):
     write(tmp_path / "run", "levels", LEVELS, smoke=True)
     docs = tmp_path / "docs"
