@@ -115,8 +115,13 @@ STUDIES = (
     _study("anchor", "A bank moved to another anchor",
            remark="A bank belongs to the anchor that it was trained with: to another of the same "
            "shape, trained on the same corpus without memory, it does harm."),
-    _study("add_knowledge", "Adding knowledge, against LoRA"),
-    _study("leakage", "What is left of removed knowledge"),
+    _study("add_knowledge", "Adding knowledge, against LoRA",
+           remark="The adapters saw nothing but the new documents; what they would keep if old "
+           "ones were mixed in was not measured."),
+    _study("leakage", "What is left of removed knowledge",
+           remark="What the blocks knew is gone, down to what the anchor knows by itself. That is "
+           "more than a model knows that never saw the topic, since the anchor was trained on the "
+           "same documents."),
 )  # fmt: skip
 
 ALL = (*SPEED, *STUDIES)

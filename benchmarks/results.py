@@ -21,7 +21,7 @@ has). It is three orders of magnitude smaller than the paper's models, so what c
 way things go, not by how much. Runs that train have three seeds; ± is half of the range over them.
 "Agrees" is said of the means: where the ranges of two lines overlap, their order may be chance.
 
-Made by `python -m benchmarks run --studies --out DIR` and `python -m benchmarks results DIR`.
+Made by `python -m benchmarks run --studies --out DIR` and `python -m benchmarks results DIR`, on
 """
 
 _SIGNS = {True: "agrees", False: "does not agree", None: "not measured"}
@@ -64,7 +64,7 @@ def write_results(folder: Path, docs: Path) -> None:
         elif entry.title in before.sections:
             claims += before.claims(entry.title)
             sections.append(before.sections[entry.title])
-    measured = [f"{one}; commit {', '.join(sorted(commits[one]))}." for one in commits]
+    measured = [f"- {one}; commit {', '.join(sorted(commits[one]))}." for one in commits]
     table = ["| paper | claim | here |", "|---|---|---|", *claims]
     with AtomicFile(docs, "results.md") as file:
         file.write("\n".join([_HEAD, *measured, "", *table, "", *sections]).encode())
@@ -84,7 +84,7 @@ class _Page:
         self.sections = {part.split("\n", 1)[0]: f"## {part}" for part in parts}
         self.commits: dict[str, set[str]] = {}
         for line in self._lines:
-            machine, found, commits = line.rstrip(".").partition("; commit ")
+            machine, found, commits = line.strip("-. ").partition("; commit ")
             if found:
                 self.commits[machine] = set(commits.split(", "))
 
