@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mlx_hiermem.commands.tables import table
 from mlx_hiermem.errors import InputError
 from mlx_hiermem.files import AtomicFile
 
 from .catalogue import ALL, STUDIES, Entry
 from .claims import verdicts
+from .harness import Row
 from .run import machine_line, printed, read_results
 
 _HEAD = """# Results
@@ -57,17 +59,20 @@ def write_results(folder: Path, docs: Path) -> None:
         if entry.short in found:
             one = found[entry.short]
             claims += summary(entry, one)
+            # Times are those of one machine: of what is measured as a ratio, only ratios are shown.
+            text = printed(folder, entry) if entry in STUDIES else ratios(one)
             picture = folder / f"{entry.short}.png"
-            if picture.exists():
+            drawn = entry in STUDIES and picture.exists()
+            if drawn:
                 shutil.copyfile(picture, images / picture.name)
-            sections.append(section(entry, one, printed(folder, entry), picture.exists()))
+            sections.append(section(entry, one, text, drawn))
         elif entry.title in before.sections:
             claims += before.claims(entry.title)
             sections.append(before.sections[entry.title])
     measured = [f"- {one}; commit {', '.join(sorted(commits[one]))}." for one in commits]
-    table = ["| paper | claim | here |", "|---|---|---|", *claims]
+    claims = ["| paper | claim | here |", "|---|---|---|", *claims]
     with AtomicFile(docs, "results.md") as file:
-        file.write("\n".join([_HEAD, *measured, "", *table, "", *sections]).encode())
+        file.write("\n".join([_HEAD, *measured, "", *claims, "", *sections]).encode())
 
 
 class _Page:
@@ -119,6 +124,14 @@ def section(entry: Entry, one: dict[str, Any], text: str, drawn: bool) -> str:
     if drawn:
         lines += [f"![{entry.title}](images/results/{entry.short}.png)", ""]
     return "\n".join(lines)
+
+
+def ratios(one: dict[str, Any]) -> str:
+    """The rows of a benchmark with their goals, without the times that they come from."""
+    met = {True: "yes", False: "no", None: ""}
+    rows = [Row(**row) for row in one["rows"]]
+    cells = [(row.id, f"{row.value:.3f}", row.goal, met[row.met]) for row in rows]
+    return table(("id", "value", "goal", "met"), cells)
 
 
 def _values(one: dict[str, Any]) -> dict[str, float]:

@@ -141,6 +141,8 @@ def test_results_stand_beside_the_paper(tmp_path):
     assert (docs / "images" / "results" / "levels.png").read_bytes() == PNG
     assert page.index("## Fetching") < page.index("## Levels") < page.index("## Sizes")
     assert "Decoding" not in page  # of which the paper says nothing
+    assert "fetch.warm_vs_pread  1.000" in page and "such" not in page  # no times
+    assert "fetch.png" not in page
     assert read_results(tmp_path / "run")["levels"]["commit"] in page
 
 
