@@ -129,7 +129,7 @@ def section(entry: Entry, one: dict[str, Any], text: str, drawn: bool) -> str:
 def ratios(one: dict[str, Any]) -> str:
     """The rows of a benchmark with their goals, without the times that they come from."""
     met = {True: "yes", False: "no", None: ""}
-    rows = [Row(**row) for row in one["rows"]]
+    rows = [Row(**row) for row in one["rows"] if not row["id"].endswith("_per_second")]
     cells = [(row.id, f"{row.value:.3f}", row.goal, met[row.met]) for row in rows]
     return table(("id", "value", "goal", "met"), cells)
 
