@@ -47,7 +47,9 @@ def _training(name: str, title: str, paper: str = "", says: str = "", **more) ->
 SPEED = (
     Entry("fetch", "Fetching a path", "section 5, loading",
           "On a hypothetical machine: hierarchical 38 ms, a flat bank of the same fetch size "
-          "198 ms; after a topic change 47 ms against 198 ms."),
+          "198 ms; after a topic change 47 ms against 198 ms.",
+          remark="Flash and external are made: reads from memory that are held back to the speed "
+          "of such a medium (bank.md)."),
     Entry("route", "Finding a path", figure=False),
     Entry("decode", "Decoding with a memory, and changing it", figure=False),
     Entry("ffn_forms", "A branch, or wider matrices", figure=False),
