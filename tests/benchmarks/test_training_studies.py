@@ -30,7 +30,7 @@ STUDIES = {
     },
     "tokens": {"4-100"},
     "agreement": {"sif-prompt", "trained-prompt"},
-    "shapes": {"4-1", "4-2"},
+    "shapes": {"4-1"},
 }  # fmt: skip
 
 

@@ -52,7 +52,10 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=int, metavar="N", help=f"runs of each line (default: {SEEDS})"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs side by side (default: one for each processor)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs side by side (default: one for each processor; 1 if --smoke)",
     )
     parser.add_argument(
         "--work", type=Path, metavar="FOLDER", help="keep parts and results here, and use them"
@@ -99,7 +102,9 @@ def tasks_of(args: argparse.Namespace, lines: Sequence[Task]) -> list[Task]:
 
 def study(args: argparse.Namespace, lines: Sequence[Task]) -> list[Line]:
     """Do the runs of a study; see :func:`tasks_of`."""
-    return report.lines(run_all(tasks_of(args, lines), args.jobs, args.work))
+    # To start another process takes longer than the runs of a smoke run.
+    jobs = args.jobs or (1 if args.smoke else None)
+    return report.lines(run_all(tasks_of(args, lines), jobs, args.work))
 
 
 def run_all(tasks: Sequence[Task], jobs: int | None, work: Path | None) -> list[Result]:

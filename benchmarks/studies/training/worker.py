@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,20 @@ from .task import Anchor, Result, Score, Task  # noqa: E402
 Note = Callable[[], object]
 
 
+@cache
+def _parts(work: str) -> Parts:
+    """Of all runs of this process, so that model and questions are read once."""
+    return Parts(Path(work))
+
+
 def make_anchor(work: str, fields: dict[str, Any], seed: int, note: Note) -> None:
     """Train an anchor that several runs want, unless it is there."""
-    Parts(Path(work)).make_anchor(Anchor(**fields), seed, note)
+    _parts(work).make_anchor(Anchor(**fields), seed, note)
 
 
 def route(work: str, fields: dict[str, Any], note: Note) -> None:
     """Grow a tree that several runs want, and pack the corpus under it."""
-    Parts(Path(work)).routed(Way(**fields))
+    _parts(work).routed(Way(**fields))
     note()
 
 
@@ -52,7 +59,7 @@ def run(work: str, fields: dict[str, Any], note: Note) -> str:
     Returns:
         Its ``Result``, as JSON.
     """
-    return Run(Task.of(fields), Parts(Path(work)), note).do().to_json()
+    return Run(Task.of(fields), _parts(work), note).do().to_json()
 
 
 class Run:
