@@ -112,8 +112,9 @@ STUDIES = (
     _study("beams", "Two nearest leaves instead of one"),
     Entry("refetch", "A topic that changes in mid-conversation"),
     _training("shapes", "Other trees",
-              remark="At one fetch size, accuracy goes with the size of the bank, whatever the "
-              "shape of its tree; nearly all questions land in each."),
+              remark="At one fetch size, accuracy mostly goes with the size of the bank; but the "
+              "deepest tree of four children is no better than flatter ones with smaller banks. "
+              "Nearly all questions land in each."),
     _study("anchor", "A bank moved to another anchor",
            remark="A bank belongs to the anchor that it was trained with: to another of the same "
            "shape, trained on the same corpus without memory, it does harm."),
@@ -121,9 +122,9 @@ STUDIES = (
            remark="The adapters saw nothing but the new documents; what they would keep if old "
            "ones were mixed in was not measured."),
     _study("leakage", "What is left of removed knowledge",
-           remark="What the blocks knew is gone, down to what the anchor knows by itself. That is "
-           "more than a model knows that never saw the topic, since the anchor was trained on the "
-           "same documents."),
+           remark="Along the path, what the removed blocks knew is gone, down to what the anchor "
+           "and the blocks above know; some sibling may know more. These were trained on "
+           "the topic too, and most know more than a model that never saw it."),
 )  # fmt: skip
 
 ALL = (*SPEED, *STUDIES)
