@@ -22,7 +22,7 @@ from typing import Any
 from mlx_hiermem.bank.dtypes import all_finite
 from mlx_hiermem.bank.files import find
 from mlx_hiermem.bank.parts import Part
-from mlx_hiermem.errors import FormatError, HierMemError, InputError
+from mlx_hiermem.errors import FormatError, HierMemError, InputError, one_line
 from mlx_hiermem.folders import OTHERS, WEIGHTS, Originals, anchor_files
 from mlx_hiermem.models import find_model
 from mlx_hiermem.quantization import MODES
@@ -229,7 +229,7 @@ def _run(source: Path, stage: Path, out: Path, options: dict[str, Any]) -> None:
 
 
 def _failed(source: Path, error: Exception) -> FormatError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    reason = one_line(f"{type(error).__name__}: {error}", 300)
     return FormatError(
         f"{source}: mlx-lm cannot convert it ({reason}); check that mlx-lm has this architecture "
         "and that the files are whole"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_hiermem.anchors import get_model_classes
-from mlx_hiermem.errors import ConfigError
+from mlx_hiermem.errors import ConfigError, one_line
 from mlx_hiermem.files import AtomicFile
 from mlx_hiermem.quantization import Quantization
 
@@ -58,7 +58,7 @@ def quantize_anchor(source: Path, target: Path, request: Request) -> None:
         save_model(target, model, donate_model=True)
     except ValueError as error:
         raise ConfigError(
-            f"--quantize: the anchor cannot be quantised ({' '.join(str(error).split())[:200]}); "
+            f"--quantize: the anchor cannot be quantised ({one_line(error)}); "
             "try another --q-group-size, or --quantize bank"
         ) from None
     with AtomicFile(target, "config.json") as file:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_lm.models.cache import trim_prompt_cache
 
-from .errors import FormatError
+from .errors import FormatError, one_line
 from .owner import owned
 from .refetch import Refetch, memory_key
 
@@ -207,7 +207,7 @@ def chat_tokens(lm: HasTokenizer, messages: Sequence[dict[str, str]]) -> list[in
     try:
         return list(lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
     except Exception as error:  # a template is a program of the model's, which may raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FormatError(
             f"the tokenizer's chat template cannot be applied ({reason}); mend chat_template in "
             "the model folder, or use generate with --ignore-chat-template"

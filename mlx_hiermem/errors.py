@@ -67,6 +67,12 @@ class TrainingError(HierMemError):
     """Training cannot start or go on."""
 
 
+def one_line(what: object, longest: int = 200) -> str:
+    """What another library or a file says, to be a part of a line of ours: printable, and cut."""
+    text = " ".join(str(what).split())[:longest]
+    return "".join(map(_printable, text))[:longest]
+
+
 def of_the_machine(error: BaseException) -> str | None:
     """What the machine has not, if that is why there is an error; None otherwise.
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from .bank.layout import CONFIG, GENERIC, expected_files
 from .bank.manifest import MANIFEST, read_manifest
 from .config import MemoryConfig
-from .errors import ConfigError, HierMemError
+from .errors import ConfigError, HierMemError, one_line
 
 if TYPE_CHECKING:
     from .bank.parts import Part
@@ -262,7 +262,7 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> tuple[str
         error = error.__cause__  # what the client says of itself is less than what happened
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    text = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
+    text = one_line(getattr(error, "server_message", None) or error)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the Hub may not be asked (HF_HUB_OFFLINE is set)", (
             "unset it, or give a repository, revision and part that were downloaded before"

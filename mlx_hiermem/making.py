@@ -21,7 +21,7 @@ from .bank.fresh import FreshBank, write_fresh_bank
 from .bank.manifest import check_sha256
 from .bank.parts import Part
 from .config import AnchorShape, MemoryConfig, placement
-from .errors import ConfigError, InputError
+from .errors import ConfigError, InputError, one_line
 from .folders import Originals, anchor_files, check_new, copy_file, model_folder
 from .memories import attach
 from .models import find_model
@@ -158,7 +158,7 @@ def build_anchor(folder: Path) -> tuple[nn.Module, AnchorShape]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # a wrong value in config.json may fail anywhere in mlx-lm
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise ConfigError(
             f"{path}: the anchor cannot be built ({reason}); fetch or convert it again"
         ) from error

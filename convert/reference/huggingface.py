@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_hiermem.errors import ConfigError
+from mlx_hiermem.errors import ConfigError, one_line
 
 from . import Memory, import_torch
 
@@ -59,7 +59,7 @@ class HuggingFaceReference:
                 attn_implementation="eager",
             ).eval()
         except Exception as error:  # code of any architecture, on files of anybody
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = one_line(f"{type(error).__name__}: {error}")
             raise ConfigError(
                 f"{folder}: transformers cannot load the original ({reason}); convert without "
                 "--verify"

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, one_line
 from ..shapes import AnchorShape, shown
 from .claims import check_counts, count_tensors
 from .openlm_args import check_kinds, check_numbers
@@ -60,7 +60,7 @@ def load_anchor(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         model, config = load_model(folder, lazy=False, get_model_classes=get_model_classes)
     except Exception as error:  # a wrong value in config.json may fail anywhere in mlx-lm
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise FormatError(
             f"{folder}: the anchor cannot be loaded ({reason}); fetch or convert it again"
         ) from error
@@ -89,7 +89,7 @@ def check_runs(model: nn.Module) -> None:
         logits = model(mx.array([[0]]), cache=model.make_cache())
         mx.eval(logits)
     except Exception as error:  # anything, in whatever the architecture is
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise ConfigError(
             f"the anchor cannot compute with its config.json ({reason}); fetch or convert it again"
         ) from error
@@ -167,7 +167,7 @@ def load_anchor_tokenizer(folder: str | Path, config: dict[str, Any]) -> Any:
             raise ValueError(f"no token has the id {written.index(None)}")
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FormatError(
             f"{folder}: the tokenizer cannot be loaded ({reason}); fetch or convert the model again"
         ) from error

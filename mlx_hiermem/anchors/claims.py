@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, one_line
 from ..shapes import MAX_LAYERS, shown
 
 #: The keys of a config that say how often something is made.
@@ -38,7 +38,7 @@ def count_tensors(folder: Path) -> int | None:
             with safe_open(path, framework="numpy") as file:
                 count += len(file.keys())
         except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error, 120)
             raise FormatError(
                 f"{path}: not a readable safetensors file ({reason}); fetch it again"
             ) from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 
 # Settings are a page of text; whoever names a corpus by mistake learns so at once.
 _MAX_FILE = 1 << 20
@@ -61,10 +61,10 @@ def read_yaml(path: Path) -> Iterator[Entry]:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(
-            f"{path}{line}: not valid YAML ({_one_line(error.problem or error.context)})"
+            f"{path}{line}: not valid YAML ({one_line(error.problem or error.context)})"
         ) from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from None
+        raise ConfigError(f"{path}: not valid YAML ({one_line(error)})") from None
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
@@ -81,9 +81,9 @@ def read_yaml(path: Path) -> Iterator[Entry]:
                 return loader.construct_object(node, deep=True)
             except yaml.YAMLError as error:  # a tag that makes an object, for one
                 problem = getattr(error, "problem", error)
-                raise ConfigError(f"{where}: {_one_line(problem)}; write a plain value") from None
+                raise ConfigError(f"{where}: {one_line(problem)}; write a plain value") from None
             except (ValueError, TypeError, RecursionError) as error:  # a day that does not exist
-                raise ConfigError(f"{where}: not a value ({_one_line(error)})") from None
+                raise ConfigError(f"{where}: not a value ({one_line(error)})") from None
 
         yield Entry(key.value, line, where, value)
 
@@ -100,7 +100,3 @@ def brief(value: Any) -> str:
         return "a number of very many digits"
     text = repr(value)
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]

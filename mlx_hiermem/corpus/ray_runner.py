@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import errors
 from ..backend import preload_blas
-from ..errors import ConfigError, FormatError, HierMemError
+from ..errors import ConfigError, FormatError, HierMemError, one_line
 from .runners import Factory, Report, Runner
 
 _MOST_BLOCKS = 20_000
@@ -118,6 +118,6 @@ def _connect(workers: int) -> bool:
     try:
         ray.init(**options)
     except Exception as error:  # no cluster at the address, no room for its files, no port, ...
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"--runner ray: Ray cannot be started or reached ({reason})") from None
     return True

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FormatError
+from ..errors import FormatError, one_line
 from ..files import AtomicFile, sync_folder
 
 
@@ -146,7 +146,7 @@ class WorkFolder:
         try:
             return np.load(path, allow_pickle=False)
         except Exception as error:  # NumPy reads the header as a piece of Python
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error, 120)
             raise FormatError(
                 f"{path}: cannot be read ({reason}); remove {unit}.json beside it and run again"
             ) from None

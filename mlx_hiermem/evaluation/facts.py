@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from .. import scoring
 from ..arrays import load_arrays
-from ..errors import FormatError, InputError
+from ..errors import FormatError, InputError, one_line
 from ..memories import attach
 from .questions import Question, read_questions, write_questions
 
@@ -246,7 +246,7 @@ def load_control(lm: MemoryLM, path: str | Path) -> MemoryLM:
         ]:
             raise ValueError(f"{wrong[0]} is stored as {weights[wrong[0]].dtype}")
     except (RuntimeError, ValueError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise FormatError(
             f"{path}: not the weights of this model's anchor ({reason}); get the file again"
         ) from None

@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..arrays import load_arrays
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, one_line
 from .encoder import Encoder, check_texts
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -318,7 +318,7 @@ def _load_weights(network: Bert, path: Path) -> None:
     try:
         weights = Bert.sanitize(load_arrays(path))
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise FormatError(f"{path}: not a readable safetensors file ({reason})") from None
     expected = dict(tree_flatten(network.parameters()))
     missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
@@ -348,5 +348,5 @@ def _load_tokenizer(source: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a bad or missing file
-        reason = " ".join(str(error).split())[:120]
-        raise FormatError(f"{source}: its tokenizer cannot be read ({reason[:200]})") from None
+        reason = one_line(error, 120)
+        raise FormatError(f"{source}: its tokenizer cannot be read ({reason})") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..errors import FormatError
+from ..errors import FormatError, one_line
 from ..files import write_safetensors
 
 
@@ -42,7 +42,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
                     raise FormatError(f"{path}: tensor {name} has dtype {dtype}; expected F32")
                 tensors[name] = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise FormatError(f"{path}: not a readable safetensors file ({reason})") from None
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():

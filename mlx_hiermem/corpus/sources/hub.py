@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ...errors import ConfigError, InputError
+from ...errors import ConfigError, InputError, one_line
 from .document import Document, Unit, document_of
 
 
@@ -61,5 +61,5 @@ def _load(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _failed(where: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = one_line(error, 300) or type(error).__name__
     return InputError(f"{where}: cannot be read ({reason}); check its name, split and the network")

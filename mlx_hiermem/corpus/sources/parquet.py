@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from ...errors import ConfigError, InputError
+from ...errors import ConfigError, InputError, one_line
 from .document import Document, Unit, document_of
 
 _ROWS = 256
@@ -68,5 +68,5 @@ def _open(path: str) -> Any:
 
 
 def _damaged(path: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     return InputError(f"{path}: not a readable Parquet file ({reason}); get the file again")

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.utils import apply_template
 
-from ...errors import InputError
+from ...errors import InputError, one_line
 
 _LAST_WORD_OFF = "{{text.split(' ')[:-1]|join(' ')}}"
 
@@ -103,7 +103,7 @@ class Routes:
             try:
                 return apply_template(template, first.doc)
             except Exception as error:  # Jinja raises what the expressions in it raise
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                reason = one_line(f"{type(error).__name__}: {error}")
                 raise InputError(
                     f"task {first.task_name}, document {first.doc_id}: the template "
                     f"{template[:60]!r} that says what is routed does not fit ({reason}); its "

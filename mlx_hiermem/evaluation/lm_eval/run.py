@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import HierMemError, InputError
+from ...errors import HierMemError, InputError, one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -158,7 +158,7 @@ def _check(task: Task) -> None:
 
 
 def _failed(name: str, what: str, error: Exception) -> InputError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    reason = one_line(f"{type(error).__name__}: {error}", 300)
     return InputError(
         f"task {name}: {what} ({reason}); see to its file, and that its data set is in the local "
         "cache or there is a network"

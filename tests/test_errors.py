@@ -1,0 +1,34 @@
+"""What errors say, whatever was in a file or came from another library."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_hiermem.anchors import load_anchor
+from mlx_hiermem.errors import FormatError, HierMemError, one_line
+
+
+@given(st.text(), st.integers(1, 90))
+def test_a_line_of_anything_is_printable_and_no_longer_than_it_may_be(text, longest):
+    line = one_line(text, longest)
+    assert line.isprintable() and len(line) <= longest
+    assert str(HierMemError(f"{line}; try again")) == f"{line}; try again"
+
+
+def test_short_words_stay_as_they_are():
+    assert one_line(ValueError(" no such\n\tfile: é ")) == "no such file: é"
+    assert one_line("a\0b") == "a\\x00b"
+
+
+def test_what_a_file_holds_does_not_blow_up_an_error(tmp_path):
+    """Each of these characters takes four where it is shown."""
+    config = {"model_type": "\0" * 10_000, "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError) as caught:
+        load_anchor(tmp_path)
+    text = str(caught.value)
+    assert "cannot be loaded" in text and len(text) < len(str(tmp_path)) + 400
