@@ -34,7 +34,7 @@ class Need:
         self.before, before = self._now(folder), look(work)
         self.most, self.largest = self.before, 0
         changes, last = [], before
-        command = Command(stopping.words(work), stopping.log)
+        command = Command(stopping.words(work))
         while command.process.poll() is None:
             now = look(work)
             if now != last:
@@ -109,7 +109,7 @@ def _on(
         work = disk.folder / "work"
         stopping.job.prepare(stopping.place, work)
         ready(disk)
-        command = Command(stopping.words(work), stopping.log)
+        command = Command(stopping.words(work))
         meanwhile(disk, command)
         found = stopping.check_failed(work, command.wait())
         (disk.folder / "other").unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def too_large(stopping: Stopping, need: Need, folder: Path, part: float) -> str:
     """Files may have a part of the size of the largest one; later, smaller ones can be written."""
     work, size = folder / "work", max(1, int(part * need.largest))
     stopping.job.prepare(stopping.place, work)
-    ended = run(stopping.words(work), stopping.log, limit_files(size))
+    ended = run(stopping.words(work), limit_files(size))
     found = stopping.check_failed(work, ended)
     stopping.finish(work)
     return found
@@ -142,7 +142,7 @@ def at_a_moment(
     """Run a job, and do something at a moment within its writing (one time in five: of its whole
     run)."""
     before = look(work)
-    command = Command(stopping.words(work), stopping.log)
+    command = Command(stopping.words(work))
     if rng.random() < 0.2:
         command.lives(rng.random() * need.whole)
     elif command.until(lambda: look(work) != before):

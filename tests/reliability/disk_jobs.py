@@ -96,7 +96,6 @@ class Stopping:
 
     job: Job
     place: Path
-    log: Path
     expected: States
     before: Before
     _place_files: Files
@@ -105,7 +104,7 @@ class Stopping:
     def of(cls, job: Job, place: Path, folder: Path, before: Before = None) -> Stopping:
         """Run it once, in ``folder``, to know what it writes."""
         states = States.of(job, place, folder / "reference", before)
-        return cls(job, place, folder / "log", states, before, files_of(place))
+        return cls(job, place, states, before, files_of(place))
 
     def words(self, work: Path) -> list[str]:
         """The arguments now: one that was stopped may have to be told to resume."""
@@ -147,7 +146,7 @@ class Stopping:
 
         Only the names that it writes may be in ``work`` by then.
         """
-        self.expected.check_ended(work, run(self.words(work), self.log, self.before))
+        self.expected.check_ended(work, run(self.words(work), self.before))
 
 
 def hidden(folder: Path) -> list[str]:

@@ -85,7 +85,7 @@ def make_place(place: Path, ranks: tuple[int, ...]) -> Path:
     texts = random_texts(40, seed=3)
     write_jsonl(place / "private.jsonl", [{"text": text, "prompt": [text[:9]]} for text in texts])
     added = shutil.copytree(model, place / "added")
-    ended = run(_add_words(added, place, 1), place / "log")
+    ended = run(_add_words(added, place, 1))
     assert ended.code == 0, ended
     return place
 

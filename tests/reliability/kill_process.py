@@ -53,30 +53,28 @@ class Command:
 
     Args:
         words: the arguments.
-        log: a folder for what it writes to stdout and stderr.
         before: called in the new process, before the command.
     """
 
-    def __init__(self, words: Sequence[str], log: Path, before: Before = None) -> None:
-        log.mkdir(parents=True, exist_ok=True)
-        self._out, self._err = log / "stdout.txt", log / "stderr.txt"
+    def __init__(self, words: Sequence[str], before: Before = None) -> None:
         self.started = time.monotonic()
-        with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlx_hiermem", *words],
-                env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, preexec_fn=before,
-            )  # fmt: skip
+        # Pipes, which hold all that a command says until it is waited for: limits of the size of
+        # files, which some tests set, would cut what it says in a file.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_hiermem", *words],
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before,
+        )  # fmt: skip
 
     def wait(self, seconds: float = LONG) -> Ended:
         """Wait for its end; one that hangs is killed, with an AssertionError."""
         try:
-            code = self.process.wait(seconds)
+            out, err = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
-            raise AssertionError(f"hangs: {self.process.args}, {self._err.read_text()}") from None
-        return Ended(code, self._out.read_text(), self._err.read_text())
+            _, err = self.process.communicate()
+            raise AssertionError(f"hangs: {self.process.args}, {err}") from None
+        return Ended(self.process.returncode, out, err)
 
     def until(self, happened: Callable[[], bool]) -> bool:
         """Wait until something has happened; False if the command ends before."""
@@ -107,9 +105,9 @@ class Command:
         return self.wait()
 
 
-def run(words: Sequence[str], log: Path, before: Before = None) -> Ended:
+def run(words: Sequence[str], before: Before = None) -> Ended:
     """Run a command to its end."""
-    return Command(words, log, before).wait()
+    return Command(words, before).wait()
 
 
 def look(folder: Path) -> Look:

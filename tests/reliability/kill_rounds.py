@@ -32,7 +32,7 @@ class Killing:
 
     def __init__(self, job: Job, place: Path, folder: Path) -> None:
         self.job, self.place = job, place
-        self.work, self.log = folder / "work", folder / "log"
+        self.work = folder / "work"
         self.expected = States.of(job, place, folder)
         self.where: Counter[str] = Counter()
         self.states: Counter[str] = Counter()
@@ -46,7 +46,7 @@ class Killing:
         """Seconds that the command takes, and those from its first write to its last one."""
         self.job.prepare(self.place, self.work)
         before = look(self.work)
-        command = Command(self.job.words(self.place, self.work), self.log)
+        command = Command(self.job.words(self.place, self.work))
         assert command.until(lambda: look(self.work) != before)
         first = last = time.monotonic()
         now = look(self.work)
@@ -70,7 +70,7 @@ class Killing:
                 self._see(self._check)
                 if moments and rng.random() < 0.5:
                     continue
-                ended = run(self.job.words(self.place, self.work), self.log)
+                ended = run(self.job.words(self.place, self.work))
             else:  # before its time: the machine is faster now, or all was done already
                 self.whole, self.writing = 0.95 * self.whole, 0.95 * self.writing
             self.ended += 1
@@ -79,7 +79,7 @@ class Killing:
 
     def _stopped(self, within: bool, share: float, before: Look) -> Ended:
         """The command, killed at a moment, if it lives so long."""
-        command = Command(self.job.words(self.place, self.work), self.log)
+        command = Command(self.job.words(self.place, self.work))
         if within:
             alive = command.until(lambda: look(self.work) != before)
             alive = alive and command.lives(share * self.writing)

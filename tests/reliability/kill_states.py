@@ -73,7 +73,7 @@ class States:
             change(work / "model")
             states._enter(work / "model")
         job.prepare(place, work)
-        ended = run(job.words(place, work), folder / "log", before)
+        ended = run(job.words(place, work), before)
         assert ended.code == 0, ended
         states.last = states._enter(work / job.result)
         expected = 1 + (job.source is not None) + len(job.between)

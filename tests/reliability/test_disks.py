@@ -96,7 +96,7 @@ def test_a_disk_that_cannot_be_written(stopping, tmp_path, figure):
         stopping.job.prepare(stopping.place, work)
         files = files_of(work)
         lock(True)
-        ended = run(stopping.words(work), stopping.log, **options)
+        ended = run(stopping.words(work), **options)
         assert files_of(work) == files
         found = stopping.check_failed(work, ended)
         assert found == "refused" and "writ" in ended.complaint, ended
@@ -170,7 +170,7 @@ def test_a_disk_that_is_cut_off(stopping, tmp_path, scaled, figure):
 def test_models_on_a_disk_that_cannot_be_written(place, tmp_path, figure):
     """They answer, also one of which an edit was stopped before its end."""
     model = place / "model"
-    expected = answer(run(generate_words(model), tmp_path / "log"))
+    expected = answer(run(generate_words(model)))
     seen = Seen()
 
     def check(folder: Path, lock: Callable[[bool], None]) -> str:
@@ -180,7 +180,7 @@ def test_models_on_a_disk_that_cannot_be_written(place, tmp_path, figure):
             if stopped:
                 _stop_an_edit(work / "model", expected[1][0])
             lock(True)
-            found = answer(run(generate_words(work / "model"), tmp_path / "log"))
+            found = answer(run(generate_words(work / "model")))
             lock(False)
             assert found[1] == expected[1] and (found == expected) != stopped
         return "answered"

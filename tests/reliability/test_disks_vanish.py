@@ -130,14 +130,14 @@ def test_what_is_read_goes_away(name, place, tmp_path, scaled, figure):
     with in_folder(source, place):  # what it reads has the same name in every run
         stopping = Stopping.of(WRITING[name], source, tmp_path / "stopping")
         stopping.job.prepare(source, work)
-        command = Command(stopping.words(work), stopping.log)
+        command = Command(stopping.words(work))
         seconds = command.ended_after()
     seen, rng = Seen(), random.Random(name)
 
     def check(copy: Callable, take: Callable, share: float) -> str:
         with copy(source, place):
             stopping.job.prepare(source, work)
-            command = Command(stopping.words(work), stopping.log)
+            command = Command(stopping.words(work))
             command.lives(share * seconds)
             bring_back = take(source)
             ended = command.wait()
@@ -158,17 +158,17 @@ def test_a_model_that_goes_away_while_it_answers(place, tmp_path, scaled, figure
     source = tmp_path / "source"
     words, seen, rng = generate_words(source), Seen(), random.Random(0)
     with in_folder(source, place / "model"):
-        expected = answer(run(words, tmp_path / "log"))
-        seconds = Command(words, tmp_path / "log").ended_after()
+        expected = answer(run(words))
+        seconds = Command(words).ended_after()
 
     def check(copy: Callable, take: Callable, share: float) -> str:
         with copy(source, place / "model"):
-            command = Command(words, tmp_path / "log")
+            command = Command(words)
             command.lives(share * seconds)
             bring_back = take(source)
             ended = command.wait()
             bring_back()
-            assert answer(run(words, tmp_path / "log")) == expected
+            assert answer(run(words)) == expected
         if ended.code == 0:
             assert answer(ended) == expected
             return "answered"

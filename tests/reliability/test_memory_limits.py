@@ -89,20 +89,20 @@ def test_the_kernel_kills_it(stopping, tmp_path, scaled, figure):
     need = Need(stopping, tmp_path / "need")
     words = lambda: stopping.words(work)  # noqa: E731
     stopping.job.prepare(stopping.place, work)
-    most = _most_used(words(), stopping.log)
+    most = _most_used(words())
 
     def from_the_start(share: float) -> str:
         stopping.job.prepare(stopping.place, work)
         with Group() as group:
             group.limit(int((0.1 + 0.9 * share) * most))
-            ended = run(words(), stopping.log, group.join)
+            ended = run(words(), group.join)
         return check_after(stopping, work, ended)
 
     def from_a_moment_on(share: float) -> str:
         stopping.job.prepare(stopping.place, work)
         with Group() as group:
             before = look(work)
-            command = Command(words(), stopping.log, group.join)
+            command = Command(words(), group.join)
             if command.until(lambda: look(work) != before) and command.lives(share * need.writing):
                 size = group.used
                 while not group.limit(size) and command.process.poll() is None:
@@ -123,10 +123,10 @@ def _each(seen: Seen, rng: random.Random, count: int, *kinds: Callable[[float], 
             seen.see(name, lambda kind=kind, share=share: kind(share))
 
 
-def _most_used(words: list[str], log: Path) -> int:
+def _most_used(words: list[str]) -> int:
     """The most memory that a command has."""
     with Group() as group:
-        command, most = Command(words, log, group.join), 0
+        command, most = Command(words, group.join), 0
         while command.process.poll() is None:
             most = max(most, group.used)
         assert command.wait().code == 0
@@ -139,18 +139,18 @@ def _version() -> str:
 
 
 def test_the_kernel_kills_what_only_reads(place, tmp_path, scaled, figure):
-    words, log = generate_words(place / "model"), tmp_path / "log"
-    expected = answer(run(words, log))
+    words = generate_words(place / "model")
+    expected = answer(run(words))
     if not can_limit():
         figure("memory.group.generate.wrong", 0, "not tried: no control groups here")
         return
-    most = _most_used(words, log)
+    most = _most_used(words)
     seen = Seen()
 
     def from_the_start(share: float) -> str:
         with Group() as group:
             group.limit(int((0.1 + 0.9 * share) * most))
-            ended = run(words, log, group.join)
+            ended = run(words, group.join)
         found = how_it_ended(ended)
         assert found != "done" or answer(ended) == expected
         return found
@@ -168,11 +168,11 @@ def test_a_small_address_space(name, place, tmp_path, scaled, figure):
     stopping = Stopping.of(WRITING[name], place, tmp_path / "stopping", _limit(ENOUGH))
     seen, rng, work = Seen(), random.Random(name), tmp_path / "work"
     stopping.job.prepare(place, work)
-    most = _most_mapped(stopping.words(work), stopping.log)
+    most = _most_mapped(stopping.words(work))
 
     def limited(share: float) -> str:
         stopping.job.prepare(place, work)
-        ended = run(stopping.words(work), stopping.log, _limit((0.05 + 0.95 * share) * most))
+        ended = run(stopping.words(work), _limit((0.05 + 0.95 * share) * most))
         return check_after(stopping, work, ended)
 
     _each(seen, rng, scaled(LIMITS), limited)
@@ -184,9 +184,9 @@ def _limit(size: float) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_AS, (int(size), int(size)))
 
 
-def _most_mapped(words: list[str], log: Path) -> int:
+def _most_mapped(words: list[str]) -> int:
     """The most address space that a command takes of what is enough."""
-    command, most = Command(words, log, _limit(ENOUGH)), 0
+    command, most = Command(words, _limit(ENOUGH)), 0
     path = Path(f"/proc/{command.process.pid}/status")
     while command.process.poll() is None:
         try:
