@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from mlx_lm.models import gemma3_text, llama, mistral4, stablelm
+from mlx_lm.models import gemma3_text, llama, ministral3, stablelm
 
 from mlx_hiermem.anchors import get_model_classes
 from mlx_hiermem.anchors.rope import older_keys
@@ -57,7 +57,7 @@ def test_a_model_that_reads_the_new_words_or_has_no_rotary_embedding_gets_nothin
         hidden_size: int = 1
 
     new = {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
-    assert older_keys(new, mistral4.ModelArgs) == older_keys(new, Plain) == {}
+    assert older_keys(new, ministral3.ModelArgs) == older_keys(new, Plain) == {}
 
 
 @pytest.mark.parametrize("wrong", [3, "x", [1], {"rope_type": "default"}, {"full_attention": 1}])

@@ -249,6 +249,19 @@ def test_what_is_no_source_is_refused(tmp_path, name, says):
         find_files([str(tmp_path / name)])
 
 
+def test_a_link_to_a_file_without_an_ending_is_read_by_its_own_name(tmp_path):
+    """The Hub's cache keeps files under their sums, and links to them under their names."""
+    blob = tmp_path / "blobs" / "0f3a"
+    blob.parent.mkdir()
+    blob.write_text("one\n\ntwo")
+    link = tmp_path / "data" / "a.txt"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    for name in (link, link.parent):
+        assert find_files([str(name)]) == [link]
+    assert texts_of(find_units(find_files([str(link)]), 4)) == ["one", "two"]
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "a.txt").touch()
     with pytest.raises(InputError, match="a.txt: the file is empty"):
