@@ -21,16 +21,24 @@ _NO_MEMORY = (
     "unable to allocate", "bad_alloc", "not enough memory",
 )  # fmt: skip
 
+# Characters of an error that are shown of its beginning and of its end, where there are more.
+_ENDS = 450, 300
+
 
 class HierMemError(Exception):
     """Base class of all errors that come from wrong use or bad input.
 
     Args:
-        text: for people. What cannot be printed in it (a file may have put it there) is escaped.
+        text: for people. What cannot be printed in it (a file may have put it there) is escaped,
+            and what is too long for a line is cut out of its middle: its end says what to do.
     """
 
     def __init__(self, text: str = "") -> None:
-        super().__init__(text if text.isprintable() else "".join(map(_printable, text)))
+        if not text.isprintable():
+            text = "".join(map(_printable, text))
+        super().__init__(
+            text if len(text) <= sum(_ENDS) else f"{text[: _ENDS[0]]} … {text[-_ENDS[1] :]}"
+        )
 
 
 def _printable(letter: str) -> str:

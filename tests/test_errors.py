@@ -19,6 +19,14 @@ def test_a_line_of_anything_is_printable_and_no_longer_than_it_may_be(text, long
     assert str(HierMemError(f"{line}; try again")) == f"{line}; try again"
 
 
+@given(st.text(), st.text())
+def test_an_error_is_one_line_whose_end_says_what_to_do(name, other):
+    for text in (name, 999 * name, 400 * name + other):
+        line = str(HierMemError(f"{text}: is no corpus; make it again"))
+        assert line.isprintable() and len(line) < 800 and line.endswith("make it again")
+    assert str(HierMemError("x" * 700)) == "x" * 700
+
+
 def test_short_words_stay_as_they_are():
     assert one_line(ValueError(" no such\n\tfile: é ")) == "no such file: é"
     assert one_line("a\0b") == "a\\x00b"

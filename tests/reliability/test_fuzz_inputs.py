@@ -60,6 +60,11 @@ class Faulty(FolderTarget):
     act = staticmethod(lambda: None)
 
 
+class _LongError(FormatError):
+    def __str__(self) -> str:
+        return 900 * "x"
+
+
 def _try(tmp_path, act):
     """What comes of one input with which ``act`` is called."""
     (tmp_path / "home").mkdir(parents=True)
@@ -93,7 +98,7 @@ def _compute(target):
         (lambda target: (target.folder / "file").unlink(), "something was written"),
         (lambda target: _hold(300), r"took \d+ MiB"),
         (lambda target: _hold(10**6), "MemoryError"),
-        (lambda target: (_ for _ in ()).throw(FormatError("x" * 900)), "900 characters"),
+        (lambda target: (_ for _ in ()).throw(_LongError()), "900 characters"),
         (lambda target: (_ for _ in ()).throw(FormatError(" ")), "not a line"),
         (_compute, "slow"),
         (lambda target: exit(0), "SystemExit"),
