@@ -1,8 +1,8 @@
 """The figures of long runs, put into docs/reliability.md.
 
 ``python -m tests.reliability.page FILE...``: files of ``--figures``, as `make soak` and `make fuzz`
-write them. A table stands between the marks of its group, the first word of the names in it; what
-no file has stays as it was.
+write them. A table stands between the marks of its group, the first word of the names in it, with
+the rows of all files that have some; what no file has stays as it was.
 """
 
 from __future__ import annotations
@@ -20,29 +20,35 @@ _MARKED = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTAL
 
 def filled(page: str, runs: Iterable[Mapping[str, Any]]) -> str:
     """The page with the tables of some runs."""
-    tables = {}
+    # By group, and by what is said of the run: of the same commit and machine there is one table.
+    tables: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        groups: dict[str, list[str]] = {}
+        about = _about(run)
         for row in run["rows"]:
             group, _, name = row["name"].partition(".")
             cells = (name or group, row["value"], row["detail"])
-            groups.setdefault(group, []).append("| " + " | ".join(map(str, cells)) + " |")
-        tables |= {group: _table(run, lines) for group, lines in groups.items()}
+            lines = tables.setdefault(group, {}).setdefault(about, [])
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
 
     def put(match: re.Match[str]) -> str:
         begin, group, end = match.groups()
-        return match[0] if group not in tables else begin + tables[group] + end
+        if group not in tables:
+            return match[0]
+        return begin + "".join(_table(*one) for one in tables[group].items()) + end
 
     return _MARKED.sub(put, page)
 
 
-def _table(run: Mapping[str, Any], lines: list[str]) -> str:
+def _about(run: Mapping[str, Any]) -> str:
     machine, share = run["machine"], run["share"]
     length = "in full length" if share == 1 else f"at {share:g} of the full length"
-    about = (
+    return (
         f"{machine['cores']} cores, Python {machine['python']}, MLX {machine['mlx']} "
         f"({machine['backend']}), commit {run['commit']}, {length}:"
     )
+
+
+def _table(about: str, lines: list[str]) -> str:
     return "\n".join([about, "", "| | | |", "|---|---|---|", *lines, "", ""])
 
 

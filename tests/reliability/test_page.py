@@ -33,6 +33,16 @@ def test_each_table_stands_between_its_marks():
     assert "at 0.02 of the full length" in page.filled(text, [{**RUN, "share": 0.02}])
 
 
+def test_rows_of_several_files_stand_together_where_they_are_of_one_commit():
+    empty = "<!-- figures: kills -->\n<!-- end -->\n"
+    other = {**RUN, "rows": [{"name": "kills.add.wrong", "value": 0, "detail": "of 40 kills"}]}
+    text = page.filled(empty, [RUN, other])
+    assert "| of 50 kills |\n| add.wrong | 0 | of 40 kills |\n" in text
+    assert text.count("commit abc") == 1
+    text = page.filled(empty, [RUN, {**other, "commit": "def"}])
+    assert text.count("full length:\n\n| | | |") == 2 and "commit def" in text
+
+
 def test_files_fill_the_page(tmp_path, monkeypatch):
     copy = tmp_path / "reliability.md"
     copy.write_text(page.PAGE.read_text())
