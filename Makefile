@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow soak fuzz lint types format docs lock audit wheel-check atlas screenshots \
+.PHONY: demo test lowest slow soak fuzz lint types format docs lock audit wheel-check atlas screenshots \
 	clean system browser
 
 demo: $(VENV)/.demo
@@ -42,6 +42,12 @@ docs: $(VENV)/.dev
 # The wheel in an empty environment: every subcommand, and an answer.
 wheel-check:
 	$(PYTHON) -m tests.wheel_check
+
+# The fast suite with the oldest releases that pyproject.toml allows.
+lowest: $(VENV)/.dev browser
+	$(PYTHON) -m venv --clear build/lowest
+	$(BIN)/uv pip install --python build/lowest --resolution lowest-direct -e '.[dev]'
+	build/lowest/bin/python -m pytest -n auto --dist loadfile
 
 # Renews the pins that `make test` installs.
 lock: $(VENV)/.dev

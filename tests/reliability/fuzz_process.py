@@ -137,14 +137,12 @@ class Tried:
     Attributes:
         inputs, refused, accepted: how many.
         faults: for each what is wrong, and how to see it again.
-        seconds: of computing.
     """
 
     inputs: int = 0
     refused: int = 0
     accepted: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 # ---- in the process --------------------------------------------------------------------
@@ -155,7 +153,6 @@ def try_inputs(make: Callable[[Path, Path], Target], home: Path, first: int, cou
     found, canary = Tried(), home / "canary"
     target = make(home / "target", canary)
     now = os.open(home / "now", os.O_WRONLY | os.O_CREAT)
-    start = time.process_time()
     try:
         for seed in range(first, first + count):
             if fault := _try(target, home, seed, found, partial(_note, now, seed)):
@@ -168,7 +165,6 @@ def try_inputs(make: Callable[[Path, Path], Target], home: Path, first: int, cou
                 gc.collect()
     finally:
         os.close(now)
-    found.seconds = time.process_time() - start
     return found
 
 
@@ -263,7 +259,7 @@ def fuzz(kind: str, count: int, home: Path, first: int = 0, chunk: int = 2500) -
     while first < end and len(total.faults) < MOST_FAULTS:
         number += 1
         found, seed = _run(kind, home / str(number), first, min(chunk, end - first))
-        for name in ("inputs", "refused", "accepted", "seconds", "faults"):
+        for name in ("inputs", "refused", "accepted", "faults"):
             setattr(total, name, getattr(total, name) + getattr(found, name))
         first = seed + 1
     return total
