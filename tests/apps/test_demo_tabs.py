@@ -278,4 +278,6 @@ def test_the_tabs_stand_on_a_page_and_pass_the_queue(memory, tmp_path):
     look = list(page.fns.values())[2].fn
     state, used, button, now = look(("", ""))
     assert "Whole" in state and button.interactive and isinstance(used, str)
+    state, used, *_ = look(("", now[1]))
+    assert "Whole" in state and not isinstance(used, str)  # skipped: it is what was shown
     assert not any(isinstance(one, str) for one in look(now)[:2])
