@@ -123,10 +123,19 @@ class Conversation:
         self.lm = lm
         self.memory = memory
         self.blocked = blocked
-        self.refetch = Refetch.parse(refetch)
+        self.refetch = refetch
         self.messages: list[dict[str, str]] = []
         self.kept = KeptCache()
         self._path: tuple[int, ...] | None = None  # of the memory that was fetched last
+
+    @property
+    def refetch(self) -> Refetch:
+        """When another memory is fetched; takes the words of it too."""
+        return self._refetch
+
+    @refetch.setter
+    def refetch(self, refetch: str | Refetch) -> None:
+        self._refetch = Refetch.parse(refetch)
 
     @property
     def is_kept(self) -> bool:

@@ -19,7 +19,8 @@ import numpy as np
 from mlx_lm.generate import stream_generate
 
 from . import scoring
-from .anchors import compute_dtype
+from .anchors import compute_dtype, context_length
+from .anchors.vocabulary import check_tokens, vocabulary
 from .bank.address import check_block
 from .bank.report import FetchedMemory, FetchReport
 from .bank.store import MemoryBank
@@ -107,6 +108,7 @@ class MemoryLM:
         tree, encoder: what routes; None where the bank has no tree.
         context_length: the longest context in tokens, prompt and answer together, or None when
             the anchor's config does not say.
+        vocabulary: rows of the token embeddings.
 
     MLX arrays belong to the thread that makes them, so a ``MemoryLM`` is for the thread that made
     it: in any other its methods raise ThreadError. A thread that has loaded a model of its own
@@ -127,7 +129,8 @@ class MemoryLM:
         self.bank = bank
         self.tree = tree
         self.encoder = encoder
-        self.context_length: int | None = config.get("max_position_embeddings")
+        self.context_length = context_length(config)
+        self.vocabulary = vocabulary(model)
         self.dtype = compute_dtype(model)
         self._owner = Owner("the model")
         self._running: set[Answer] = set()  # those that are being generated
@@ -313,7 +316,8 @@ class MemoryLM:
                 sees the tokens that are prefilled, not those that are reused.
 
         Raises:
-            InputError: the prompt is empty or longer than the context.
+            InputError: the prompt is empty, longer than the context, or has a token that the anchor
+                has not.
         """
         policy = Refetch.parse(refetch, kv_cache)
         answer = self._begin(prompt, memory, max_tokens, route_on, policy, kept, tuple(blocked))
@@ -467,10 +471,11 @@ class MemoryLM:
     def _prompt(self, prompt: str | Sequence[int]) -> tuple[list[int], str]:
         """Tokens and text of a prompt, checked."""
         if isinstance(prompt, str):
-            tokens, text = self.tokenize(prompt) if prompt.strip() else [], prompt
+            tokens = self.tokenize(prompt) if prompt.strip() else []
         else:
             tokens = [int(token) for token in prompt]
-            text = self.tokenizer.decode(tokens)
+        check_tokens("the prompt", tokens, self.vocabulary)
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
         if not tokens:
             raise InputError("the prompt is empty; give it at least one word")
         if self.context_length is not None and len(tokens) >= self.context_length:

@@ -55,7 +55,7 @@ def load(
     """
     part = Part.of(levels, subtrees)
     folder = find_model(path_or_repo, revision, part)
-    memory_folder = folder / "memory" if bank is None else Path(bank)
+    memory_folder = folder / "memory" if bank is None else Path(bank).expanduser()
     if not memory_folder.is_dir():
         raise ConfigError(f"{memory_folder}: no such folder; {_instead(folder, bank is None)}")
     store = MemoryBank.open(

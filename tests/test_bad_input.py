@@ -242,6 +242,31 @@ def test_missing_folders(folder, refused, tmp_path):
     assert "config.json: " in line and "folder" in line
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["block", "1:0"],
+        ["unblock", "1:0"],
+        ["checksums"],
+        ["names", "--text", "texts.txt"],
+        ["remove", "--block", "2:0", "--yes"],
+        ["add", "--corpus", "texts.txt", "--name", "mine"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_cache_of_the_hub_is_not_changed(original, tmp_path, capsys, monkeypatch, command):
+    """There a commit's folder would no longer be the commit, and the next download forget it."""
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / ("0" * 40)
+    folder = shutil.copytree(original, snapshot)
+    (tmp_path / "texts.txt").write_text("gold is a metal\n\niron is another one\n")
+    monkeypatch.chdir(tmp_path)
+    before = listing(tmp_path)
+    assert cli.main(["bank", *command, "--model", str(folder)]) == 2
+    line = capsys.readouterr().err
+    assert "lies in the cache of the Hub" in line and f"cp -rL {folder} my-model" in line
+    assert listing(tmp_path) == before
+
+
 @pytest.mark.parametrize("name", [SHARD, "memory/generic.safetensors", "memory/tree.safetensors"])
 def test_verify_finds_a_flipped_bit(name, folder, refused):
     flip_a_bit(folder / name)

@@ -141,8 +141,11 @@ def test_seeds_reproduce_and_differ(answer):
         return answer("--temp", "3", *arguments)["text"]
 
     assert sample("--seed", "1") == sample("--seed", "1") != sample("--seed", "2")
-    # So narrow a nucleus holds the likeliest token alone.
-    assert sample("--top-p", "0.0001", "--seed", "1") == answer()["text"]
+    # So narrow a nucleus holds the likeliest token alone, and one of nothing has to hold one.
+    for share in ("0.0001", "1e-9", "0"):
+        assert sample("--top-p", share, "--seed", "1") == answer()["text"]
+    # No float32 is the inverse of it.
+    assert answer("--temp", "1e-40")["text"] == answer()["text"]
 
 
 def test_the_answer_goes_to_stdout_and_the_report_to_stderr(run, lm):

@@ -249,6 +249,18 @@ def test_another_memory_between_turns(lm):
 # ---- what goes wrong -------------------------------------------------------------------
 
 
+def test_another_refetch_between_turns(lm):
+    """By its words too; wrong ones are told at once, and change nothing."""
+    conversation = Conversation(lm, refetch="never")
+    say(conversation, "aaa")
+    conversation.refetch = "turn"
+    assert conversation.refetch == Refetch("turn")
+    assert say(conversation, "bbb")[1].path.ids == B
+    with pytest.raises(InputError, match="refetch"):
+        conversation.refetch = "sometimes"
+    assert conversation.refetch == Refetch("turn")
+
+
 def test_an_answer_that_is_broken_off_was_never_said(lm):
     conversation = Conversation(lm)
     say(conversation, "gold")

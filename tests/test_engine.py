@@ -105,7 +105,7 @@ def test_with_all_its_blocks_blocked_a_memory_is_off(lm):
     np.testing.assert_array_equal(np.array(logits(lm, PROMPT, "fetched")), np.array(half))
 
 
-def test_a_bank_elsewhere(lm, folder, tmp_path):
+def test_a_bank_elsewhere(lm, folder, tmp_path, monkeypatch):
     """``bank`` names a memory folder; that of the model folder is then not looked at."""
     config = lm.bank.config
     elsewhere = tmp_path / "other"
@@ -117,7 +117,8 @@ def test_a_bank_elsewhere(lm, folder, tmp_path):
         for level in config.memory_levels
     }
     write_bank(elsewhere, config, zeros, np.zeros(config.fetch_size(), np.float32))
-    other = load(folder, bank=elsewhere)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    other = load(folder, bank="~/other")
     assert other.bank.folder == elsewhere
     assert other.generate(PROMPT, "fetched", 12) == lm.generate(PROMPT, "none", 12)
 
@@ -279,6 +280,9 @@ def test_perplexity_of_a_text_longer_than_the_context(lm):
         (lambda lm: lm.fetch("all", PROMPT), "memory is 'all'; expected one of fetched, generic"),
         (lambda lm: lm.generate(""), "prompt is empty"),
         (lambda lm: lm.generate([]), "prompt is empty"),
+        (lambda lm: lm.generate([5, 257], "none"), "token 257; expected tokens from 0 to 256"),
+        (lambda lm: lm.generate([5, -1], "none"), "token -1; expected tokens from 0 to 256"),
+        (lambda lm: lm.generate([1 << 40]), "token 1099511627776; expected"),
         (lambda lm: lm.generate("\udcff", "none"), "not valid Unicode"),
         (lambda lm: lm.generate("a" * 256), "prompt has 256 tokens, .* ends at 256"),
         (lambda lm: lm.generate("a", max_tokens=0), "max_tokens is 0; expected at least 1"),

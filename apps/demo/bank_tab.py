@@ -21,7 +21,6 @@ shown to a visitor; of what visitors ask only the number of answers per cluster 
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 import traceback
@@ -36,6 +35,7 @@ import numpy as np
 from mlx_hiermem.commands.bank.uses import Uses
 from mlx_hiermem.errors import HierMemError
 
+from .folders import without_folders
 from .view import size
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Verification:
             self._progress = Progress("failed", done, total, "ended with the server")
         except HierMemError as error:
             print(f"verify: {error}", file=sys.stderr, flush=True)
-            text = _without_folders(str(error), places)
+            text = without_folders(str(error), places)
             if not places:  # it could not even be opened
                 text = "the bank cannot be opened; see the server's log"
             self._progress = Progress("damaged", done, total, text)
@@ -169,13 +169,6 @@ class Verification:
             traceback.print_exc()
             text = f"{type(error).__name__} (a fault of ours; see the server's log)"
             self._progress = Progress("failed", done, total, text)
-
-
-def _without_folders(text: str, places: Sequence[str]) -> str:
-    """An error's text without the folders that it names: visitors see it."""
-    for place in sorted(places, key=len, reverse=True):
-        text = text.replace(f"{place}/", "").replace(place, "the bank")
-    return re.sub(r"(?<![\w.])/(?:[^\s/:]+/)*(?=[^\s/:])", "", text)
 
 
 # ---- HTML ------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ Notable:
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 from collections import deque
@@ -30,6 +31,7 @@ from mlx_hiermem.errors import HierMemError
 
 from .answers import Answers
 from .facts import Facts
+from .folders import without_folders
 from .line import FairLine
 from .tickets import Ask, Began, End, Ticket
 
@@ -54,10 +56,12 @@ class ModelThread:
 
     Args:
         load: makes the model; called in the thread.
+        private: folders that no visitor is to see.
     """
 
-    def __init__(self, load: Callable[[], MemoryLM]) -> None:
+    def __init__(self, load: Callable[[], MemoryLM], private: Sequence[str] = ()) -> None:
         self._load = load
+        self._private = private
         self._line: FairLine[_Group] = FairLine()
         self._current: _Group | None = None
         self._calls: deque[tuple[Callable[[MemoryLM], Any], Future[Any]]] = deque()
@@ -272,10 +276,11 @@ class ModelThread:
                 return None if update.finish_reason is None else End(update.finish_reason)
             return End("length")
         except HierMemError as error:
-            return End("error", str(error))
+            print(f"answer: {error}", file=sys.stderr, flush=True)
+            return End("error", without_folders(str(error), self._private))
         except Exception as error:
             traceback.print_exc()
-            return End("error", f"{type(error).__name__}: {error} (a fault of ours; see the log)")
+            return End("error", f"{type(error).__name__} (a fault of ours; see the server's log)")
 
     def _end(self, reason: str) -> None:
         with self._change:

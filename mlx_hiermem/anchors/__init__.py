@@ -6,6 +6,7 @@ mlx-lm is imported where it is needed: that takes seconds, which converting does
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,16 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
     return (gains or floating)[0].dtype
 
 
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The longest context in tokens, prompt and answer together, that a ``config.json`` tells; of a
+    model that sees as well it is that of its text model."""
+    length = config.get("max_position_embeddings")
+    inner = config.get("text_config")
+    if length is None and isinstance(inner, dict):
+        length = inner.get("max_position_embeddings")
+    return length
+
+
 def _check_config(folder: Path) -> None:
     """Raise ConfigError where the values of ``config.json`` that everyone needs are wrong, and
     FormatError where the weights are damaged."""
@@ -123,7 +134,7 @@ def _check_config(folder: Path) -> None:
         raise ConfigError(f"{path}: not valid JSON ({error}); fetch it again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{path}: no model_type; expected the config.json of an mlx-lm model")
-    length = config.get("max_position_embeddings")
+    length = context_length(config)
     if length is not None and (type(length) is not int or length < 2):
         raise ConfigError(
             f"{path}: max_position_embeddings is {shown(length)}; expected the longest context in "

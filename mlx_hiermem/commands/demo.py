@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
-from .options import add_model_arguments, load_model
+from .options import add_model_arguments, load_model, private_folders, public_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,15 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
         check_run(run_folder)  # before the seconds that the model takes
     port = free_port(args.host, args.port)
-    thread = ModelThread(partial(load_model, args))
+    thread = ModelThread(partial(load_model, args), private_folders(args))
     facts = thread.start()
     try:
         from ..apps.demo.app import Demo, serve  # imports Gradio: seconds
 
-        name = Path(args.model).name if Path(args.model).exists() else args.model
+        folders = {level: Path(where).expanduser() for level, where in args.level_folder}
         part = Part.of(args.levels, args.subtrees)
-        reader = partial(BlockReader, facts.folder, dict(args.level_folder), part)
-        demo = Demo(thread, facts, name, reader, run_folder)
+        reader = partial(BlockReader, facts.folder, folders, part)
+        demo = Demo(thread, facts, public_name(args), reader, run_folder)
         serve(demo, args.host, port, not args.no_browser)
     finally:
         thread.close()

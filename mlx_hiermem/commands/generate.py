@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..sampling import is_greedy
 from .options import add_model_arguments, load_model
 from .tables import show_fetch, show_speed, show_tiers
 
@@ -229,6 +230,8 @@ def prepare(lm: MemoryLM, args: argparse.Namespace) -> Callable[..., Any]:
         lm.bank.block(level, cluster)
     if args.seed is not None:
         mx.random.seed(args.seed)
+    if is_greedy(args.temp, args.top_p):
+        return make_sampler()
     return make_sampler(args.temp, args.top_p)
 
 

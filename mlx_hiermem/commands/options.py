@@ -166,6 +166,25 @@ def load_model(args: argparse.Namespace) -> MemoryLM:
         )
 
 
+def public_name(args: argparse.Namespace) -> str:
+    """What clients and visitors know the model by: of a folder its name alone."""
+    folder = Path(args.model).expanduser()
+    return folder.resolve().name if folder.exists() else args.model
+
+
+def private_folders(args: argparse.Namespace) -> tuple[str, ...]:
+    """The folders that no client or visitor is to see, as an error may name them."""
+    folder = Path(args.model).expanduser()
+    given = [args.bank, *(where for _, where in args.level_folder)]
+    folders = [Path(where).expanduser() for where in given if where is not None]
+    folders += [folder] if folder.exists() else []
+    found = {str(Path.home())}
+    for path in folders:
+        found |= {str(path), str(path.absolute()), str(path.resolve())}
+    # A bare name may be any word of a text, and is what the model is called.
+    return tuple(one for one in found if "/" in one and one != "/")
+
+
 def memory_folder(args: argparse.Namespace) -> Path:
     """The memory folder that ``--bank`` or ``--model`` names.
 
@@ -184,17 +203,30 @@ def editable_folder(args: argparse.Namespace) -> Path:
     """As :func:`memory_folder`, for a command that changes the bank.
 
     Raises:
-        InputError: it is of a model that ships with the package, which everybody takes as it is.
+        InputError: it is of a model that ships with the package, which everybody takes as it is, or
+            lies in the Hub's cache, where a change is lost with the next download.
     """
     from ..models import is_shipped
 
     folder = memory_folder(args)
     if is_shipped(folder):
-        raise InputError(
-            f"{args.model or folder}: ships with the package and is not changed; copy it first "
-            f"(cp -r {folder.parent} my-model), and give --model my-model"
-        )
-    return folder
+        reason, copy = "ships with the package and is not changed", "cp -r"
+    elif _of_the_hub(folder):
+        reason, copy = "lies in the cache of the Hub, which is not changed", "cp -rL"
+    else:
+        return folder
+    raise InputError(
+        f"{args.model or folder}: {reason}; copy it first ({copy} {folder.parent} my-model), and "
+        "give --model my-model"
+    )
+
+
+def _of_the_hub(folder: Path) -> bool:
+    """Whether a folder is of a snapshot: .../models--owner--name/snapshots/<commit>/memory."""
+    return any(
+        path.name == "snapshots" and path.parent.name.startswith("models--")
+        for path in folder.resolve().parents
+    )
 
 
 def open_bank(args: argparse.Namespace) -> MemoryBank:

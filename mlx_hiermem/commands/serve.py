@@ -14,11 +14,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .options import add_model_arguments, load_model, parse_bytes
+from .options import (
+    add_model_arguments,
+    load_model,
+    parse_bytes,
+    private_folders,
+    public_name,
+)
 
 if TYPE_CHECKING:
     from ..serving.settings import Settings
@@ -172,21 +177,15 @@ def settings(args: argparse.Namespace, key: str | None) -> Settings:
     """What the application is told of the options."""
     from ..serving.settings import Settings
 
-    exists = Path(args.model).expanduser().exists()
-    roots = {os.path.expanduser("~")}
-    for folder in (args.model if exists else None, args.bank, *(f for _, f in args.level_folder)):
-        if folder is not None:
-            path = Path(folder).expanduser()
-            roots |= {str(path.absolute()), str(path.resolve())}
     return Settings(
-        model=Path(args.model).expanduser().resolve().name if exists else args.model,
+        model=public_name(args),
         max_tokens=args.max_tokens,
         max_body=args.max_body,
         max_open=args.max_concurrent + args.max_waiting + _OPEN_BESIDES,
         timeout=args.timeout,
         api_key=key,
         allow_origins=tuple(args.allow_origin),
-        roots=tuple(root for root in roots if len(root) > 1),
+        roots=private_folders(args),
     )
 
 

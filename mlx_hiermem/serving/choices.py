@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..sampling import is_greedy
 from .errors import invalid, shown
 from .fields import Fields, check_integer, check_list, check_number, check_object, check_text
 from .job import Sampling
@@ -90,7 +91,7 @@ def read_sampling(fields: Fields, limits: Limits) -> Sampling:
     """
     temperature = fields.number("temperature", 0, 2, 1.0)
     top_p = fields.number("top_p", 0, 1, 1.0)
-    if top_p < 1e-4:  # the likeliest token alone, which float32 cannot tell from none
+    if is_greedy(temperature, top_p):
         temperature, top_p = 0.0, 1.0
     top_k = fields.integer("top_k", 0, MOST, 0) or 0
     if limits.vocabulary is not None and top_k >= limits.vocabulary:

@@ -1,4 +1,4 @@
-"""What anybody may know about the model that is served: its facts, and its tokenizer."""
+"""What all threads may know about the model that is served: its facts, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..anchors.vocabulary import check_tokens
 from ..conversation import chat_tokens
 from ..errors import InputError
 
@@ -18,57 +19,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a server says about its model; no array, and no path of the machine.
+    """What requests are checked against; no array, and no path of the machine.
 
     Attributes:
         context_length: in tokens, prompt and answer together; None if the config does not say.
         vocabulary: rows of the token embeddings.
         has_chat_template: whether the tokenizer has one.
         has_tree: whether texts can be routed.
-        kind: of the memories, such as "ffn".
-        revision: of the bank.
-        levels: of the tree.
-        branching: k of the tree.
-        memory_levels: the levels with memory.
-        ranks: of each level.
-        clusters: of each level.
-        fetch_bytes: of the stored blocks of one fetched memory.
-        bank_bytes: of the blocks of the part of the bank that is open.
     """
 
     context_length: int | None
     vocabulary: int
     has_chat_template: bool
     has_tree: bool
-    kind: str
-    revision: Any
-    levels: int
-    branching: int
-    memory_levels: tuple[int, ...]
-    ranks: tuple[int, ...]
-    clusters: tuple[int, ...]
-    fetch_bytes: int
-    bank_bytes: int
 
     @classmethod
     def of(cls, lm: MemoryLM) -> Facts:
         """The facts of a model."""
-        config = lm.bank.config
-        table = [row for row in lm.bank.inspect()["levels"] if row["rank"]]
         return cls(
             context_length=lm.context_length,
-            vocabulary=_vocabulary(lm),
+            vocabulary=lm.vocabulary,
             has_chat_template=bool(lm.tokenizer.has_chat_template),
             has_tree=lm.tree is not None and lm.encoder is not None,
-            kind=config.kind,
-            revision=lm.bank.revision,
-            levels=config.levels,
-            branching=config.branching,
-            memory_levels=tuple(config.memory_levels),
-            ranks=tuple(config.ranks),
-            clusters=tuple(config.clusters(level) for level in range(1, config.levels + 1)),
-            fetch_bytes=sum(row["block_bytes"] for row in table),
-            bank_bytes=sum(row["total_bytes"] for row in table),
         )
 
     def check(self, job: Job) -> None:
@@ -85,13 +57,8 @@ class Facts:
                 f"the prompt has {len(job.tokens)} tokens, but the context of this model ends at "
                 f"{length}, answer included; shorten the prompt"
             )
-        # MLX does not check what it gathers: a token beyond the table reads what lies there.
-        for name, tokens in (("prompt", job.tokens), ("logit_bias", job.sampling.logit_bias)):
-            beyond = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
-            if beyond is not None:
-                raise InputError(
-                    f"{name} has token {beyond}; expected tokens from 0 to {self.vocabulary - 1}"
-                )
+        check_tokens("prompt", job.tokens, self.vocabulary)
+        check_tokens("logit_bias", job.sampling.logit_bias, self.vocabulary)
         if job.max_tokens < 1:
             raise InputError(f"max_tokens is {job.max_tokens}; expected at least 1")
         if "" in job.stop:
@@ -108,17 +75,6 @@ class Facts:
                 raise InputError(
                     "memory is 'fetched', but there is no text to route; give route_on"
                 )
-
-
-def _vocabulary(lm: MemoryLM) -> int:
-    import mlx.nn as nn
-
-    rows = [
-        len(module.weight)
-        for module in lm.model.modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-    ]
-    return max(rows, default=lm.tokenizer.vocab_size)
 
 
 class Words:

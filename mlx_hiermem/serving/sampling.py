@@ -13,10 +13,8 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from ..sampling import is_greedy
 from .job import Sampling
-
-#: Less is taken as 0: the inverse is no float32.
-COLDEST = 1e-6
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -27,7 +25,7 @@ def sampler(sampling: Sampling, vocabulary: int) -> Sampler:
 
     Greedy requests share one function, which lets mlx-lm draw for all of them at once.
     """
-    if sampling.temperature < COLDEST:
+    if is_greedy(sampling.temperature, sampling.top_p):
         return make_sampler(temp=0.0)
     draw = make_sampler(
         temp=sampling.temperature,

@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_hiermem.anchors import context_length
+from mlx_hiermem.anchors.vocabulary import vocabulary
 from mlx_hiermem.config import AnchorShape, MemoryConfig
 from mlx_hiermem.errors import ConfigError
 from mlx_hiermem.memories import MemoryModel, attach, detach
@@ -127,6 +129,25 @@ def test_sizes_that_a_config_leaves_to_its_defaults():
     config = {"model_type": "gemma3", "text_config": inner, "vocab_size": VOCAB}
     anchor = gemma3.Model(gemma3.ModelArgs.from_dict(config))
     assert AnchorShape.of(anchor) == AnchorShape(LAYERS, D, INNER, 8, 256, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 8}, 8),
+        ({"text_config": {"max_position_embeddings": 8}}, 8),
+        ({"max_position_embeddings": 8, "text_config": {"max_position_embeddings": 9}}, 8),
+        ({"text_config": {}}, None),
+        ({"text_config": "none"}, None),
+    ],
+)
+def test_the_length_of_the_context(config, length):
+    assert context_length(config) == length
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2", "falcon_h1"])
+def test_the_tokens_that_an_anchor_has(name):
+    assert vocabulary(make(name)) == VOCAB
 
 
 # ---- LoRA kinds ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
@@ -16,7 +17,7 @@ from apps.demo.hands_on_tab import HandsOnTab
 from apps.demo.talk_tab import TalkTab
 from apps.demo.tickets import Ask, End, Ticket
 from apps.demo.worker import ModelThread
-from mlx_hiermem import load
+from mlx_hiermem import cli, load
 from tests.tiny import make_tiny_model
 
 VISITOR, OTHER = SimpleNamespace(session_hash="a"), SimpleNamespace(session_hash="b")
@@ -171,3 +172,24 @@ def test_only_a_browser_with_windows_is_opened(monkeypatch, system, display, fou
     monkeypatch.setenv("DISPLAY", display)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert _has_browser() is found
+
+
+def test_levels_elsewhere_are_verified_too(tmp_path, monkeypatch):
+    """By the command line, whose folders are texts."""
+    from mlx_hiermem.apps.demo import app
+
+    folder, other = make_tiny_model(tmp_path / "m"), tmp_path / "disk"
+    other.mkdir()
+    for path in (folder / "memory").glob("level-2-*"):
+        path.rename(other / path.name)
+    places: list[Path] = []
+
+    def serve(demo: app.Demo, *_: object) -> None:
+        reader = demo._verification._open()
+        places.extend(reader.place(level) for level in (1, 2))
+        reader.close()
+
+    monkeypatch.setattr(app, "serve", serve)
+    line = ["demo", "--model", str(folder), "--level-folder", f"2={other}", "--port", "0"]
+    assert cli.main(line) == 0
+    assert places == [folder / "memory", other]

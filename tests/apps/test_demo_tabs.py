@@ -15,6 +15,7 @@ import pytest
 
 from apps.demo import bank_tab, training_tab
 from apps.demo.bank_tab import Progress, UseCounter, Verification
+from apps.demo.folders import without_folders
 from mlx_hiermem.bank.reader import BlockReader
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.config import MemoryConfig
@@ -209,7 +210,7 @@ def test_damage_is_told_without_the_folders_of_the_machine(memory, tmp_path, cap
     ],
 )
 def test_folders_are_left_out(text, left):
-    assert bank_tab._without_folders(text, ["/a b/c"]) == left
+    assert without_folders(text, ["/a b/c"]) == left
 
 
 def test_what_a_bank_holds(memory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -266,8 +267,8 @@ def test_a_fault_ends_its_own_request(folder, capsys):
 
     thread = ModelThread(load_faulty)
     thread.start()
-    assert answer_error(thread.submit(Ask("fault"))).startswith("KeyError: 'lost' (a fault of ours")
-    assert "Traceback" in capsys.readouterr().err
+    assert answer_error(thread.submit(Ask("fault"))).startswith("KeyError (a fault of ours")
+    assert "KeyError: 'lost'" in capsys.readouterr().err  # who runs the server sees all of it
     assert answer(thread.submit(Ask("Oslo", max_tokens=2)))[2] == End("length")
     # If the thread itself ends, those in the line and those who come later are told.
     assert "thread has ended" in answer_error(thread.submit(Ask("death")))
@@ -315,3 +316,21 @@ def test_the_thread_clears_its_streams(folder, monkeypatch):
     assert threads == []
     thread.close()
     assert threads == ["model"]
+
+
+def test_visitors_see_no_folder(folder, tmp_path, capsys):
+    """Of an error that names files, as that of a bank without a tree does."""
+    private = shutil.copytree(folder, tmp_path / "of somebody" / "tiny")
+
+    def load_without_tree() -> MemoryLM:
+        lm = load(private)
+        lm.tree = lm.encoder = None
+        return lm
+
+    thread = ModelThread(load_without_tree, [str(private)])
+    thread.start()
+    told = answer_error(thread.submit(Ask("Oslo")))
+    assert "this bank has no tree" in told and "/" not in told.partition(";")[0], told
+    assert str(tmp_path) not in told and "somebody" not in told
+    assert str(private) in capsys.readouterr().err
+    thread.close()

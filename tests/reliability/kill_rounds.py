@@ -123,8 +123,8 @@ class Killing:
     def told(self) -> str:
         """All of it in a line."""
         return (
-            f"of {self.where.total()} kills ({show(self.where)} of {self.writing:.2f} s; found: "
-            f"{show(self.states)}); then {self.ended} runs to the end"
+            f"of {self.where.total()} kills ({show(self.where)}; a writing takes "
+            f"{self.writing:.2f} s; found: {show(self.states)}); then {self.ended} runs to the end"
         )
 
 

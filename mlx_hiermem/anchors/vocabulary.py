@@ -1,0 +1,32 @@
+"""Which tokens an anchor can be given.
+
+MLX does not check what it gathers: a token beyond the table reads what lies there, or ends the
+process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import mlx.nn as nn
+
+from ..errors import InputError
+
+
+def vocabulary(model: nn.Module) -> int:
+    """The rows of a model's token embeddings; where they are of no kind of MLX's, 2^31."""
+    kinds = nn.Embedding | nn.QuantizedEmbedding
+    tables = (len(module.weight) for module in model.modules() if isinstance(module, kinds))
+    return max(tables, default=1 << 31)
+
+
+def check_tokens(name: str, tokens: Iterable[int], rows: int) -> None:
+    """Raise InputError where a token has no row.
+
+    Args:
+        name: of what has the tokens, for the message.
+        rows: as :func:`vocabulary` tells.
+    """
+    beyond = next((token for token in tokens if not 0 <= token < rows), None)
+    if beyond is not None:
+        raise InputError(f"{name} has token {beyond}; expected tokens from 0 to {rows - 1}")
