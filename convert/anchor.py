@@ -33,6 +33,7 @@ class Anchor(ABC):
         nbytes: of the weights that are written, before they are quantised.
         exact: whether the weights that are written are those of the source, to the bit.
         tokenizer: folder with its tokenizer; None: it has none.
+        files: what it reads when it is written, beside the sources that are open.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Anchor(ABC):
     nbytes: int
     exact: bool
     tokenizer: Path | None = None
+    files: Sequence[Path] = ()
 
     @abstractmethod
     def write(self, folder: Path, progress: Progress | None = None) -> None:

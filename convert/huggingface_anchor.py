@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_hiermem.errors import ConfigError
+from mlx_hiermem.folders import anchor_files
 from mlx_hiermem.making import build_anchor
 from mlx_hiermem.models import find_model
 
@@ -20,6 +22,11 @@ from .tokenizer import tokenizer_files
 from .verify import Reference
 
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+# What architectures call the table of their tokens' embeddings.
+_TABLES = (
+    "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "token_embeddings", "embed_in",
+    "embeddings", "embedding", "embed",
+)  # fmt: skip
 
 
 class HuggingFaceAnchor(Anchor):
@@ -31,7 +38,8 @@ class HuggingFaceAnchor(Anchor):
         request: the options.
 
     Raises:
-        ConfigError: mlx-lm has no such architecture, or an option is for OpenLM only.
+        ConfigError: mlx-lm has no such architecture, or an option is for OpenLM only; or ``verify``
+            is asked for, and nothing tells which tokens there are.
         FormatError: a file is damaged.
     """
 
@@ -43,6 +51,8 @@ class HuggingFaceAnchor(Anchor):
                     "in its config.json"
                 )
         self.path, self._request = folder, request
+        names = {*anchor_files(folder), *tokenizer_files(folder)}
+        self.files = [folder / name for name in sorted(names)]
         network, self.shape = build_anchor(folder)
         del network  # its weights were never computed
         text = config.get("text_config") or config
@@ -57,6 +67,13 @@ class HuggingFaceAnchor(Anchor):
             source = stack.enter_context(open_source(folder))
             tensors = dict(source.tensors)
             self.is_mlx = source.extras.get("format") == "mlx"
+        # A config may leave it to the defaults of its architecture.
+        self.vocabulary = self.vocabulary or _rows_of_table(tensors)
+        if request.verify and not self.vocabulary:
+            raise ConfigError(
+                f"{folder}: config.json has no vocab_size, and no tensor has the name of a table "
+                "of tokens, so there are none to compare with; add it, or convert without --verify"
+            )
         self.lines = [_line(pattern, [tensors[name] for name in names])
                       for pattern, names in fold(tensors).items()]  # fmt: skip
         self.nbytes = sum(
@@ -99,6 +116,16 @@ def _size(shape: tuple[int, ...]) -> int:
     for one in shape:
         size *= one
     return size
+
+
+def _rows_of_table(tensors: Mapping[str, SourceTensor]) -> int:
+    """Rows of the table of the tokens' embeddings, by its name; 0: no tensor has one of these."""
+    rows = [
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and name.endswith(".weight") and name.split(".")[-2] in _TABLES
+    ]
+    return min(rows, default=0)  # of several, tokens that all of them have
 
 
 def _line(pattern: str, tensors: list[SourceTensor]) -> Line:

@@ -1,6 +1,7 @@
 """Planning a conversion: opening what is to be converted and finding what goes where.
 
-Nothing of the weights is read here, apart from a part of the bank as a trial of how long it takes.
+Of the weights little is read here: the generic memories of several subtrees, which have to be the
+same, and in a dry run a part of the bank, as a trial of how long it takes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .bank.writing import stored_config
 from .openlm.weights import is_anchor_key
 from .report import Report, memory_lines
 from .request import DEFAULT_BITS, Request
+from .resume import states_of
 from .routing import BankRouting, find_routing
 from .sources import Source
 from .sources.names import load_key_map
@@ -49,6 +51,8 @@ class Conversion:
         routing: its tree, if one is given.
         packing: how its blocks are quantised.
         error: why it cannot be done.
+        sources: the checkpoints, open.
+        files: ``states_of`` the other files that are read, but for the tokenizer's.
     """
 
     report: Report
@@ -58,6 +62,7 @@ class Conversion:
     packing: Quantization | None = None
     error: HierMemError | None = None
     sources: list[Source] = field(default_factory=list)
+    files: list[list[Any]] = field(default_factory=list)
 
     @property
     def config(self) -> MemoryConfig | None:
@@ -76,12 +81,18 @@ class Conversion:
 
     @property
     def fingerprint(self) -> list[Any]:
-        """Of all files that are read: whether they are the same as before."""
-        tree = self.routing
+        """Of what is read, but the tokenizer: whether it is the same as before.
+
+        Configs and trees count by what they say, all other files by their size and time.
+        """
+        tree, config = self.routing, self.config
         centroids = [] if tree is None else [
             hashlib.sha256(level.tobytes()).hexdigest() for level in tree.tree.centroids
         ]  # fmt: skip
-        return [[one.fingerprint for one in self.sources], str(self.anchor.path), centroids]
+        return [
+            [one.fingerprint for one in self.sources], self.files, str(self.anchor.path),
+            self.anchor.about, None if config is None else config.to_dict(), centroids,
+        ]  # fmt: skip
 
     @property
     def exact(self) -> bool:
@@ -110,8 +121,12 @@ def plan_conversion(request: Request, stack: ExitStack) -> Conversion:
     Raises:
         InputError, ConfigError, FormatError: a source cannot be opened or an option is wrong.
     """
+    # Before they are read: a change that comes later must not look as if it had been read.
+    described = (request.key_map, _description(request))
+    files = states_of(path for path in described if path is not None)
     key_map = None if request.key_map is None else load_key_map(request.key_map)
     anchor, own, sources, ignored = open_anchor(request, key_map, stack)
+    files += states_of(anchor.files)
     _check_apart(request)
     entries, bank_ignored, left_over = own, [], list(anchor.left_over)
     if request.bank is not None:
@@ -144,7 +159,7 @@ def plan_conversion(request: Request, stack: ExitStack) -> Conversion:
         notices=list(anchor.notices),
         disk_free=_free(request.mlx_path),
     )
-    plan = Conversion(report, anchor, sources=sources)
+    plan = Conversion(report, anchor, sources=sources, files=files)
     try:
         _check_names(report)
         if entries:

@@ -72,7 +72,10 @@ class Request:
         return self.quantize in ("all", "anchor")
 
     def decisions(self) -> dict[str, Any]:
-        """What the result depends on, for JSON: what resumes compares it."""
+        """The options that the result depends on, for JSON: what resumes compares them.
+
+        Files are paths here; what is in them is compared by ``Conversion.fingerprint``.
+        """
         left_out = ("overwrite", "dry_run", "verify", "mlx_path")
         values = {k: v for k, v in vars(self).items() if k not in left_out}
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,22 @@ JOURNAL = ".convert.jsonl"
 def job_of(what: Mapping[str, Any]) -> str:
     """A name for what is converted and how, from everything that decides the result."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def states_of(files: Iterable[Path]) -> list[list[Any]]:
+    """[path, size, modified] of files, as ``Source.fingerprint`` has it: whether they are the same.
+
+    A file that is not there has a path alone: whoever reads it says so.
+    """
+    return [_state(os.path.realpath(path)) for path in files]
+
+
+def _state(path: str) -> list[Any]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return [path]
+    return [path, found.st_size, found.st_mtime_ns]
 
 
 class Journal:

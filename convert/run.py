@@ -14,16 +14,18 @@ from mlx_hiermem.bank.manifest import FileEntry
 from mlx_hiermem.errors import FormatError, HierMemError, InputError
 from mlx_hiermem.files import AtomicFile
 from mlx_hiermem.folders import check_new, model_folder
+from mlx_hiermem.models import find_model
 from mlx_hiermem.tree_source import check_embeddings
 
 from .bank.rows import BlockRows
 from .bank.writing import write_planned
 from .card import model_card
 from .planning import Conversion, plan_conversion
+from .reference import import_torch
 from .report import Report, to_text
 from .request import Request
-from .resume import JOURNAL, Journal, job_of
-from .tokenizer import copy_tokenizer
+from .resume import JOURNAL, Journal, job_of, states_of
+from .tokenizer import copy_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
     from .verify import Verification
@@ -97,8 +99,9 @@ def convert(request: Request, progress: Progress | None = None) -> Done:
 
 
 def _write(request: Request, plan: Conversion, tell: Progress) -> Done:
-    job = job_of({**request.decisions(), "sources": plan.fingerprint})
-    out = request.mlx_path
+    if request.verify:
+        import_torch()  # after hours of writing is too late
+    job, out = _job(request, plan), request.mlx_path
     with model_folder(
         out, overwrite=request.overwrite, keep=lambda folder: Journal.fits(folder, job)
     ) as folder:
@@ -130,6 +133,16 @@ def _write(request: Request, plan: Conversion, tell: Progress) -> Done:
             file.write(card.encode())
         journal.remove()
     return Done(plan.report, out, revision, resumed, found)
+
+
+def _job(request: Request, plan: Conversion) -> str:
+    """A name for this conversion: its options, and all that it reads."""
+    folder = plan.anchor.tokenizer
+    if request.tokenizer is not None:
+        folder = find_model(request.tokenizer)
+    files = [] if folder is None else [folder / name for name in tokenizer_files(folder)]
+    read = {"sources": plan.fingerprint, "tokenizer_files": states_of(files)}
+    return job_of({**request.decisions(), **read})
 
 
 def _write_anchor(

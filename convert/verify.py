@@ -22,14 +22,14 @@ from mlx_hiermem.memories import attach
 
 from .bank.rows import BlockRows
 
-#: What is run where there is a tokenizer.
+#: What is run where there is a tokenizer whose tokens the anchor has.
 PROMPTS = (
     "The atomic number of gold is",
     "Water is made of hydrogen and oxygen. It freezes at zero degrees Celsius, and boils at",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "In 1969 the first people walked on the moon. Their names were",
 )
-#: Tokens of each prompt at most, and of each one where there is no tokenizer.
+#: Tokens of each prompt at most, and of each one where there is no such tokenizer.
 MOST_TOKENS, WITHOUT_TOKENIZER = 64, 24
 #: Paths that are fetched, evenly spaced over the leaves.
 PATHS = 4
@@ -182,9 +182,13 @@ def joined(rows: BlockRows, path: Sequence[int] | None) -> Joined:
 
 
 def prompt_tokens(tokenizer: Any | None, vocabulary: int) -> list[np.ndarray]:
-    """Tokens of the prompts; without a tokenizer random ones, always the same."""
-    if tokenizer is None:
-        rng = np.random.default_rng(0)
-        return [rng.integers(0, vocabulary, WITHOUT_TOKENIZER) for _ in PROMPTS]
-    found = [np.array(tokenizer.encode(text)[:MOST_TOKENS]) for text in PROMPTS]
-    return [tokens for tokens in found if tokens.size and tokens.max() < vocabulary]
+    """Tokens of the prompts that lie in the vocabulary.
+
+    Where none do, as without a tokenizer: random ones, always the same.
+    """
+    if tokenizer is not None:
+        encoded = [np.array(tokenizer.encode(text)[:MOST_TOKENS]) for text in PROMPTS]
+        if found := [tokens for tokens in encoded if tokens.size and tokens.max() < vocabulary]:
+            return found
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocabulary, WITHOUT_TOKENIZER) for _ in PROMPTS]

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import errno
 
-# What the system says of a disk that is full, read-only, broken or gone, or of too many files.
+# What the system says of a disk that is full, read-only, broken or gone.
 _DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO,
-    errno.ESTALE, errno.EMFILE, errno.ENFILE,
+    errno.ESTALE,
 )  # fmt: skip
+#: What it says where a process, or all of them together, have too many files open; and what to do.
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+MORE_FILES = "allow more open files: ulimit -n, or end other programs"
 # What Python, the loader of libraries, MLX and torch say where no memory is left.
 _NO_MEMORY = (
     "failed to map segment", "cannot allocate memory", "can't start new thread",
@@ -99,7 +102,9 @@ def of_the_machine(error: BaseException) -> str | None:
                 "(ulimit -v, or the limit of its container)"
             )
         found = found.__cause__ or found.__context__
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and error.errno in (*_DISK, *TOO_MANY_FILES):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; check the disk and its free space, and try again"
+        disk = error.errno in _DISK
+        advice = "check the disk and its free space" if disk else MORE_FILES
+        return f"{where}{error.strerror}; {advice}, and try again"
     return None

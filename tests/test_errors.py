@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_hiermem.anchors import load_anchor
-from mlx_hiermem.errors import FormatError, HierMemError, one_line
+from mlx_hiermem.errors import FormatError, HierMemError, of_the_machine, one_line
 
 
 @given(st.text(), st.integers(1, 90))
@@ -30,6 +32,20 @@ def test_an_error_is_one_line_whose_end_says_what_to_do(name, other):
 def test_short_words_stay_as_they_are():
     assert one_line(ValueError(" no such\n\tfile: é ")) == "no such file: é"
     assert one_line("a\0b") == "a\\x00b"
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.EMFILE, "allow more open files: ulimit -n"),
+        (errno.ENFILE, "allow more open files: ulimit -n"),
+        (errno.ENOSPC, "check the disk and its free space"),
+    ],
+)
+def test_what_the_machine_has_not(number, says):
+    line = of_the_machine(OSError(number, os.strerror(number), "a/b"))
+    assert line.startswith(f"a/b: {os.strerror(number)}; {says}")
+    assert of_the_machine(OSError(errno.EACCES, "no")) is None
 
 
 def test_what_a_file_holds_does_not_blow_up_an_error(tmp_path):

@@ -1,7 +1,8 @@
-"""BankPlan: which tensor of a checkpoint holds which rows of which blocks; nothing is read for it.
+"""BankPlan: which tensor of a checkpoint holds which rows of which blocks, by names and shapes.
 
 Every block has to be covered once: what is missing, what is left over and what is there twice are
-found here, before anything is written.
+found here, before anything is written. No numbers are read for it, but those of generic memories
+where several subtrees have one, which have to be the same.
 """
 
 from __future__ import annotations
@@ -320,8 +321,8 @@ def _same(one: Mapping[int, Sequence[Part]], two: Mapping[int, Sequence[Part]]) 
             for layer, array in zip(part.layers, part.read()[0], strict=True)
         }
 
-    return all(
-        np.array_equal(array, matrices(two[level])[place])
-        for level, parts in one.items()
-        for place, array in matrices(parts).items()
-    )
+    for level, parts in one.items():
+        ours, theirs = matrices(parts), matrices(two[level])
+        if not all(np.array_equal(array, theirs[place]) for place, array in ours.items()):
+            return False
+    return True

@@ -115,6 +115,7 @@ def _read(path: Path, opened: _Opened) -> tuple[str, dict[str, SourceTensor], Ma
             f"folder of them{_HINTS.get(path.suffix, '')}"
         )
     if (path / METADATA).exists():
+        opened(METADATA)  # it says where the tensors lie, so it is part of the fingerprint
         return "dcp", read_dcp(path, opened), {}
     names = sorted(one.name for one in path.iterdir() if not one.name.startswith("."))
     if any(name.endswith(".distcp") for name in names):

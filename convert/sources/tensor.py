@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_hiermem.bank.dtypes import STORAGE
-from mlx_hiermem.bank.files import read_exact
+from mlx_hiermem.bank.files import read_exact, unreadable
 from mlx_hiermem.errors import FormatError
 
 
@@ -46,7 +46,7 @@ class SourceFile:
                 raise FormatError(f"{path}: no such file; expected a checkpoint")
             fd = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+            raise unreadable(path, error) from None
         stat = os.fstat(fd)
         return cls(path, fd, stat.st_size, stat.st_mtime_ns)
 

@@ -18,6 +18,9 @@ from .files import read_text
 
 BLOCKED = "blocked.json"
 
+#: Most bytes of the file: no reader takes more.
+MOST_BYTES = 1 << 24
+
 Pair = tuple[int, int]
 
 
@@ -51,7 +54,7 @@ def read_blocked(folder: Path, config: MemoryConfig, name: str | None) -> Blocke
         return FormatError(f"{path}: {found}; download the bank again, or block the blocks anew")
 
     try:
-        table: Any = json.loads(read_text(folder, name, limit=1 << 24))
+        table: Any = json.loads(read_text(folder, name, limit=MOST_BYTES))
     except (ValueError, RecursionError) as error:
         raise wrong(f"not valid JSON ({str(error)[:80]})") from None
     if not isinstance(table, dict) or set(table) not in ({"blocked"}, {"blocked", "removed"}):
@@ -76,6 +79,13 @@ def blocked_bytes(blocked: BlockedBlocks) -> bytes:
     if blocked.removed:
         table["removed"] = sorted(map(list, blocked.removed))
     return (json.dumps(table) + "\n").encode()
+
+
+def show_blocks(pairs: Iterable[Pair], most: int = 3) -> str:
+    """Blocks as the commands take them, for a line of text: "1:3, 2:40 and 7 more"."""
+    found = sorted(pairs)
+    more = f" and {len(found) - most:,} more" if len(found) > most else ""
+    return ", ".join(f"{level}:{cluster}" for level, cluster in found[:most]) + more
 
 
 def removed_error(folder: Path, level: int, cluster: int) -> PathError:

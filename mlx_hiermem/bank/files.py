@@ -1,4 +1,4 @@
-"""Files of a bank: names that stay inside the folder, and exact reads.
+"""Files of a bank: names that stay inside the folder, exact reads, and how many may be open.
 
 Notable: a link may not lead out of the folder, except into the blobs of the Hub cache that
 the folder itself lies in (a snapshot of the Hub cache is made of such links).
@@ -9,17 +9,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from ..errors import FormatError
+from ..errors import MORE_FILES, TOO_MANY_FILES, FormatError
 
 # One read call may not be asked for more than 2 GiB (an error on macOS, a short read on Linux).
 _READ_LIMIT = 1 << 30
 # Pieces in one call: IOV_MAX of Linux and macOS.
 _MOST_PIECES = 1024
 _HASH_CHUNK = 1 << 22
+#: Files that may be open at a time, if the system lets us.
+OPEN_FILES = 10_240
+# Of them, what a bank leaves for others: a server's connections, the files of libraries.
+_FOR_OTHERS = 128
 # What a read that must not wait ends with: not in the page cache, or not known to this file system.
 _NOT_NOW = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
@@ -76,6 +82,36 @@ def _hub_blobs(home: Path) -> list[Path]:
     ]
 
 
+def allow_open_files(wanted: int = OPEN_FILES) -> None:
+    """Let this process have many files open: macOS allows 256 unless asked for more.
+
+    Where the system does not let us, opening them says so.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def make_room(files: int) -> None:
+    """Allow more open files where so many more would leave too few for others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        already = len(os.listdir("/dev/fd"))
+    except OSError:  # there is not even one left to look with, or the system does not tell
+        already = soft
+    needed = already + files + _FOR_OTHERS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allow_open_files(max(needed, OPEN_FILES))
+
+
+def unreadable(path: Path, error: OSError) -> FormatError:
+    """That a file cannot be read, and why; where too many are open, what to do."""
+    advice = f"; {MORE_FILES}" if error.errno in TOO_MANY_FILES else ""
+    return FormatError(f"{path}: cannot be read ({error.strerror}){advice}")
+
+
 def open_file(folder: Path, name: str) -> tuple[int, int]:
     """Open the file ``name`` of ``folder`` for reading: (file descriptor, size in bytes)."""
     path = find(folder, name)
@@ -83,7 +119,7 @@ def open_file(folder: Path, name: str) -> tuple[int, int]:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         return fd, os.fstat(fd).st_size
     except OSError as error:
-        raise FormatError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        raise unreadable(folder / name, error) from None
 
 
 def read_exact(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
@@ -171,7 +207,7 @@ def hash_file(
                 if progress is not None:
                     progress(len(chunk))
     except OSError as error:
-        raise FormatError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        raise unreadable(folder / name, error) from None
     return size, digest.hexdigest()
 
 
@@ -185,7 +221,7 @@ def read_bytes(folder: Path, name: str, limit: int) -> bytes:
         with open(find(folder, name), "rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise FormatError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        raise unreadable(folder / name, error) from None
     if len(data) > limit:
         raise FormatError(
             f"{folder / name}: more than {limit} bytes; copy or download the bank again"

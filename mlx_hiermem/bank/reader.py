@@ -25,10 +25,19 @@ import numpy as np
 
 from ..config import MemoryConfig
 from ..errors import ConfigError, FormatError
-from .blocked import BLOCKED, read_blocked
+from .blocked import BLOCKED, MOST_BYTES, read_blocked
 from .checksums import CHECKSUMS, read_checksums, size_limit
 from .dtypes import STORAGE, from_storage
-from .files import ReadError, find, open_file, read_bytes, read_exact, read_scattered, rest_of
+from .files import (
+    ReadError,
+    find,
+    make_room,
+    open_file,
+    read_bytes,
+    read_exact,
+    read_scattered,
+    rest_of,
+)
 from .header import read_header
 from .journal import Snapshot
 from .layout import (
@@ -141,6 +150,7 @@ class BlockReader:
                     f"{', '.join(map(str, self.config.memory_levels))} only"
                 )
         check_listed(folder, self.manifest, names)
+        make_room(len(names))
         for level in self.config.memory_levels:
             self._shards[level] = shards(self.config, level)
             self._firsts[level] = [shard.first for shard in self._shards[level]]
@@ -170,7 +180,7 @@ class BlockReader:
             entry = self.manifest.files[name]
             home, real = self._place(name)
             check_size(home / name, find(home, real).stat().st_size, entry)
-        small = {CONFIG: 1 << 24, BLOCKED: 1 << 24, CHECKSUMS: size_limit(self.config)}
+        small = {CONFIG: 1 << 24, BLOCKED: MOST_BYTES, CHECKSUMS: size_limit(self.config)}
         for name, limit in small.items():
             if (known := self.manifest.files.get(name)) is None:
                 continue

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
+from ..bank.files import allow_open_files
 from ..config import DTYPE_BYTES
 from ..errors import InputError
 
 _WHAT = ("all", "bank", "anchor")
-#: Files that may be open at a time, if the system lets us.
-OPEN_FILES = 10_240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--q-bits, --q-group-size and --q-mode go with --quantize")
     from ..convert.report import to_text
 
-    _allow_open_files()
+    allow_open_files()  # a checkpoint may have any number of them
     from ..convert.request import Request
     from ..convert.run import convert
 
@@ -148,15 +146,6 @@ def _back(args: argparse.Namespace) -> int:
         done = to_torch(args.model, args.torch_path, overwrite=args.overwrite, progress=progress)
     print(json.dumps(done.to_dict()) if args.json else done.to_text())
     return 0
-
-
-def _allow_open_files() -> None:
-    """Let a checkpoint have many files: macOS allows 256 open ones unless asked for more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager

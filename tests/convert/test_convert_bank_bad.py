@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mlx_hiermem.convert.bank.description import read_description
+from mlx_hiermem.convert.bank.parts import Part
 from mlx_hiermem.errors import HierMemError
 from tests.convert.banks import plan
 from tests.convert.checkpoints import (
@@ -154,6 +155,22 @@ def test_generic_memories_that_differ(tmp_path):
     state["memory.generic.w2"][1, 3, 4] += 1
     write_state(state, bank, "subtree-02")
     refuses(bank, "another generic memory than that of")
+
+
+def test_generic_memories_are_read_once_to_be_compared(tmp_path, monkeypatch):
+    bank = write_subtrees(EXAMPLE, tmp_path / "a", ("per_layer",), generic_in="all").bank
+    reads, read = [], Part.read
+
+    def count(part, *arguments):
+        reads.append(part)
+        return read(part, *arguments)
+
+    monkeypatch.setattr(Part, "read", count)
+    with ExitStack() as stack:
+        planned = plan(EXAMPLE, bank, stack)
+    parts = sum(len(one) for one in planned.generic.values())
+    # Each subtree's but the first is compared with the first's.
+    assert len(reads) == 2 * (EXAMPLE.branching - 1) * parts
 
 
 def test_a_subtree_that_is_a_link_out_of_the_folder(tmp_path):

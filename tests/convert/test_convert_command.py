@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 import mlx_hiermem
 from mlx_hiermem.bank.store import MemoryBank
 from mlx_hiermem.cli import main
+from mlx_hiermem.convert import huggingface_anchor
+from mlx_hiermem.convert.verify import PROMPTS, WITHOUT_TOKENIZER
 from tests.convert.banks import same_numbers
 from tests.convert.checkpoints import (
     MATRICES,
@@ -240,6 +244,39 @@ def test_a_bank_for_a_model_of_hugging_face(tmp_path, capsys, kind):
     with MemoryBank.open(tmp_path / "m" / "memory") as bank:
         same_numbers(numbers, bank)
     assert (tmp_path / "m" / "tokenizer.json").exists()
+
+
+def test_verify_with_a_tokenizer_of_other_tokens(tmp_path, capsys):
+    """No prompt is made of tokens of the vocabulary alone: random ones take their place."""
+    tiny = make_tiny_model(tmp_path / "tiny")
+    where = write_stacked(make_numbers(vocab=64), tmp_path / "from")
+    words = ["--tokenizer", str(tiny), "--verify", "--json"]
+    assert convert(where, tmp_path / "m", *words) == 0
+    found = done(capsys)["verification"]
+    assert found["agrees"] is True
+    assert {one["positions"] for one in found["differences"]} == {len(PROMPTS) * WITHOUT_TOKENIZER}
+
+
+def test_verify_where_the_config_does_not_tell_the_vocabulary(tmp_path, capsys, monkeypatch):
+    """It is that of the architecture, here of 49,152 tokens: the table of the tokens tells."""
+    tiny = make_tiny_model(tmp_path / "tiny")
+    folder = tmp_path / "from"
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Starcoder2Config(**sizes, num_hidden_layers=1, intermediate_size=16)
+    Starcoder2ForCausalLM(config).save_pretrained(folder)
+    for path in tiny.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    told = json.loads((folder / "config.json").read_text())
+    assert told.pop("vocab_size") == 49_152
+    (folder / "config.json").write_text(json.dumps(told))
+    words = ["convert", "--model", str(folder), "--json", "--mlx-path"]
+    assert main([*words, str(tmp_path / "m"), "--verify"]) == 0
+    assert done(capsys)["verification"]["agrees"] is True
+    monkeypatch.setattr(huggingface_anchor, "_TABLES", ())
+    assert main([*words, str(tmp_path / "n"), "--verify"]) == 2
+    assert "no vocab_size, and no tensor has the name" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*n*partial")) and not (tmp_path / "n").exists()
+    assert main([*words, str(tmp_path / "n")]) == 0
 
 
 def test_a_model_of_hugging_face_alone(tmp_path, capsys):

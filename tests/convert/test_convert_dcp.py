@@ -83,7 +83,9 @@ def test_two_processes(saved):
     folder, whole = saved
     with open_source(folder) as source:
         assert source.format == "dcp"
-        assert {file.path.name for file in source.files} == {"__0_0.distcp", "__1_0.distcp"}
+        assert {file.path.name for file in source.files} == {
+            ".metadata", "__0_0.distcp", "__1_0.distcp",
+        }  # fmt: skip
         assert set(source.tensors) == set(whole)
         assert len(source.tensors["columns"].boxes) == 2
         for name, tensor in whole.items():

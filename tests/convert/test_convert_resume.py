@@ -12,12 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mlx_hiermem.bank.manifest import FileEntry
 from mlx_hiermem.cli import main
+from mlx_hiermem.convert import run
 from mlx_hiermem.convert.resume import JOURNAL, Journal
 from mlx_hiermem.files import AtomicFile
-from tests.convert.checkpoints import Written, make_numbers, write_stacked
+from tests.convert.checkpoints import Written, make_numbers, memory_state, write_stacked
+from tests.init.fresh import save_llama
+from tests.tiny import make_tiny_model
 
 ENCODER = json.dumps({"type": "bert", "model": "somewhere"})
 
@@ -97,27 +101,82 @@ def test_finished_files_are_not_written_again(where, tmp_path, monkeypatch):
     assert not done & set(written)
 
 
-@pytest.mark.parametrize("change", ["options", "source", "damage"])
-def test_another_conversion_begins_anew(where, tmp_path, capsys, change):
-    """Other options, another source, or a finished file that has been cut."""
-    out = tmp_path / "m"
-    subprocess.run([sys.executable, "-c", KILLED, "12", *words(where, out)])
-    more, partial = [], tmp_path / ".m.partial"
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "nothing", "damage", "options", "source", "key map", "model config", "memory config",
+        "memory config beside", "tokenizer",
+    ],
+)  # fmt: skip
+def test_another_conversion_begins_anew(tmp_path, capsys, change):
+    """Other options, a file that is read and has changed, or a finished file that has been cut."""
+    # As many rows as columns: no shape tells which of two names or directions is meant.
+    numbers = make_numbers(branching=4, ranks=(16, 16, 16))
+    where = write_stacked(numbers, tmp_path / "from", generic="by level")
+    out, key_map, tokenizer = tmp_path / "m", tmp_path / "map.json", tmp_path / "tokenizer"
+    key_map.write_text("{}")
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    more = ["--key-map", str(key_map), "--tokenizer", str(tokenizer)]
+
+    def arguments(out: Path) -> list[str]:
+        found = words(where, out, *more)
+        if change == "memory config beside":
+            at = found.index("--memory-config")
+            del found[at : at + 2]
+        return found
+
+    subprocess.run([sys.executable, "-c", KILLED, "12", *arguments(out)])
     if change == "options":
-        more = ["--dtype", "bfloat16"]
+        more += ["--dtype", "bfloat16"]
     elif change == "source":
         os.utime(where.model)
-    else:
-        path = partial / "memory" / "level-1-00000-of-00001.safetensors"
+    elif change == "key map":
+        edit(key_map, **{r"(memory\..*)\.w1": r"\1.w2", r"(memory\..*)\.w2": r"\1.w1"})
+    elif change == "model config":
+        edit(where.model_config, norm_eps=0.5)
+    elif change.startswith("memory config"):
+        edit(where.memory_config, transposed=["w3"])
+    elif change == "tokenizer":
+        edit(tokenizer / "tokenizer.json", version="1.0")
+    elif change == "damage":
+        path = tmp_path / ".m.partial" / "memory" / "level-1-00000-of-00001.safetensors"
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - 1)
     capsys.readouterr()
-    assert main(words(where, out, *more, "--json")) == 0
+    assert main([*arguments(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    if change != "damage":
-        assert found["resumed"] == 0
-    assert main(words(where, tmp_path / "whole", *more)) == 0
+    assert (found["resumed"] > 0) == (change in ("nothing", "damage"))
+    assert main(arguments(tmp_path / "whole")) == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_an_anchor_of_hugging_face_that_has_changed(tmp_path, capsys, monkeypatch, change):
+    """It is no source that is open: mlx-lm reads it, and only when it is written."""
+    llama = save_llama(tmp_path / "llama", make_tiny_model(tmp_path / "tiny"))
+    arguments = ["convert", "--model", str(llama), "--mlx-path"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "model_card", interrupt)  # when all else is written
+        assert main([*arguments, str(tmp_path / "m")]) == 130
+    assert (tmp_path / ".m.partial" / "config.json").exists()
+    if change:
+        weights = load_file(llama / "model.safetensors")
+        weights["model.norm.weight"] += 1
+        save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path / "m"), "--json"]) == 0
+    assert (json.loads(capsys.readouterr().out)["resumed"] > 0) == (not change)
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
 
 
 def test_a_journal_that_a_kill_has_cut(tmp_path):
@@ -217,12 +276,18 @@ def test_verify_that_finds_a_difference_leaves_nothing(where, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["from"]
 
 
+def test_verify_without_torch_is_refused_before_anything_is_written(
+    where, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(Journal, "open", None)
+    assert main(words(where, tmp_path / "m", "--verify")) == 2
+    assert "needs PyTorch, which is not installed" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["from"]
+
+
 def test_more_files_than_the_system_allows_at_first(tmp_path):
     """A bank in more than a hundred files, where 64 may be open until the command asks for more."""
-    from safetensors.torch import save_file
-
-    from tests.convert.checkpoints import memory_state
-
     numbers = make_numbers(branching=4, ranks=(4, 2))
     bank = tmp_path / "bank"
     bank.mkdir()
