@@ -83,7 +83,8 @@ def to_torch(
 
     Raises:
         InputError: ``out`` exists, or there is nothing to write.
-        FormatError: the anchor or the bank is quantised, or a file cannot be read or written.
+        FormatError: the anchor or the bank is quantised, the bank has what PyTorch would not know
+            of (added memories, blocked blocks), or a file cannot be read or written.
     """
     tell = progress or (lambda what, total, count: None)
     out = Path(out).expanduser()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_hiermem import kinds
+from mlx_hiermem.bank.blocked import show_blocks
 from mlx_hiermem.bank.dtypes import STORAGE
 from mlx_hiermem.bank.reader import BlockReader
 from mlx_hiermem.config import MemoryConfig
@@ -37,6 +38,8 @@ def write_stacked(
 ) -> dict[str, str]:
     """Write the blocks of a bank, and the generic memory, as layout 1 (docs/convert.md).
 
+    Removed blocks are zeros, as in the bank.
+
     Args:
         reader: of a bank that is not quantised.
         folder: to write into.
@@ -45,7 +48,8 @@ def write_stacked(
         For each tensor the name of its file.
 
     Raises:
-        FormatError: the bank is quantised, holds NaN, or a file cannot be read or written.
+        FormatError: the bank is quantised, has added memories or blocked blocks, holds NaN, or a
+            file cannot be read or written.
     """
     config = reader.config
     if config.quantization is not None:
@@ -58,6 +62,12 @@ def write_stacked(
         raise FormatError(
             f"{reader.folder}: has added memories ({added}), which no layout of PyTorch knows; "
             "convert the bank that they were added to"
+        )
+    if reader.blocked:
+        raise FormatError(
+            f"{reader.folder}: has blocked blocks ({show_blocks(reader.blocked)}), which would not "
+            "be blocked in PyTorch; unblock or remove them first, in a copy of the model if need "
+            "be (mlx_hiermem bank unblock, bank remove)"
         )
     matrices = _Matrices(config)
     found: dict[str, str] = {}

@@ -23,7 +23,7 @@ from ..errors import FormatError
 from ..files import AtomicFile
 from . import journal
 from .address import check_block, check_cluster, check_level
-from .blocked import BLOCKED, BlockedBlocks, blocked_bytes
+from .blocked import BLOCKED, MOST_BYTES, BlockedBlocks, blocked_bytes
 from .checksums import CHECKSUMS, Digests, write_checksums
 from .dtypes import STORAGE
 from .manifest import MANIFEST, FileEntry, Manifest, manifest_bytes, revision_of
@@ -182,6 +182,7 @@ class BankEdit:
     def _commit(self) -> None:
         changed: dict[str, FileEntry] = {}
         try:
+            blocked = self._new_blocked()  # what is too large is refused before the first write
             overwrite = self._to_overwrite()
             self._check_space(sum(end - at for found in overwrite.values() for at, end in found))
             self._step("write")
@@ -189,7 +190,8 @@ class BankEdit:
                 shard = self.reader.shards(level)[index]
                 changed[shard.name] = self._write(shard.name, self._shard(level, index, rows))
             changed |= self._changed_checksums()
-            changed |= self._changed_blocked()
+            if blocked is not None:
+                changed[BLOCKED] = self._write(BLOCKED, [blocked])
             if self._names_file is not None:
                 changed[NAMES] = self._write(NAMES, [self._names_file])
             changed = {
@@ -294,8 +296,9 @@ class BankEdit:
                 "hide the damage; copy or download the file again"
             )
 
-    def _changed_blocked(self) -> dict[str, FileEntry]:
-        """``blocked.json``, where it lists other blocks than before."""
+    def _new_blocked(self) -> bytes | None:
+        """``blocked.json``, where it lists other blocks than before; FormatError if no reader would
+        take it."""
         before = self.reader.blocked
         written = {
             (level, self.reader.shards(level)[index].first + row)
@@ -305,8 +308,16 @@ class BankEdit:
         blocked = before if self._blocked is None else self._blocked
         after = BlockedBlocks(blocked, (before.removed - written) | self._removed)
         if (after, after.removed) == (before, before.removed):
-            return {}
-        return {BLOCKED: self._write(BLOCKED, [blocked_bytes(after)])}
+            return None
+        data = blocked_bytes(after)
+        if len(data) > MOST_BYTES:
+            raise FormatError(
+                f"{self.folder / BLOCKED}: would have {len(data):,} bytes for "
+                f"{len(after) + len(after.removed):,} blocks that are blocked or removed, expected "
+                f"at most {MOST_BYTES:,}; name fewer of them, or open the bank without whole "
+                "levels (--levels)"
+            )
+        return data
 
     def _changed_checksums(self) -> dict[str, FileEntry]:
         if self._digests is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,7 @@ def find(config: CorpusConfig, unit_bytes: int) -> tuple[list[Unit], list[dict[s
 
 def check_folder(out: Path) -> None:
     """Raise InputError where the folder is not free for this corpus."""
-    if (out / INFO).exists():
-        raise InputError(f"--out {out}: is a corpus already; name another folder, or remove it")
+    _check_unfinished(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -84,9 +83,18 @@ def check_folder(out: Path) -> None:
         raise InputError(f"--out {out}: holds other files; name a folder that is new or empty")
 
 
+def _check_unfinished(out: Path) -> None:
+    if (out / INFO).exists():
+        raise InputError(f"--out {out}: is a corpus already; name another folder, or remove it")
+
+
 @contextmanager
 def only_one(out: Path) -> Iterator[None]:
-    """Hold the lock of a corpus in the making."""
+    """Hold the lock of a corpus in the making.
+
+    Raises:
+        InputError: another process has it, or has finished the corpus.
+    """
     folder = WorkFolder(out).folder
     made = [path for path in (out, folder) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +107,18 @@ def only_one(out: Path) -> Iterator[None]:
                 "folder"
             ) from None
         try:
+            _check_unfinished(out)  # another process may have finished it since it was looked at
+        except InputError:
+            if folder in made:  # by us, for the lock alone
+                (folder / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        try:
             yield
         except BaseException:
-            if not WorkFolder(out).plan.exists():
+            # A corpus that is finished has no plan either, while its work is removed.
+            if not WorkFolder(out).plan.exists() and not (out / INFO).exists():
                 _forget(out, made)
             raise
 

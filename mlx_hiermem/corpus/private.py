@@ -32,6 +32,9 @@ MOST_TOKENS = 1 << 24
 #: Share of the texts that documents are routed by which lie within the radius of a memory.
 WITHIN = 0.99
 
+#: Numbers of the centroids that texts are compared with at a time: 64 MB.
+_NUMBERS = 1 << 24
+
 _UNIT, _BATCH = 1 << 40, 256
 
 
@@ -211,12 +214,24 @@ def find_radius(
     far = []
     for known, asked in ((order[::2], order[1::2]), (order[1::2], order[::2])):
         centroids, _ = grow_subtree(vectors[known], roots, branching, levels, seed)
-        node, fan = np.zeros(len(asked), np.int64), roots
-        for level in centroids:
-            children = level.reshape(-1, fan, level.shape[1])[node]  # (n, fan, c)
-            distances = np.linalg.norm(children - vectors[asked][:, None], axis=2)
-            node, fan = node * fan + distances.argmin(axis=1), branching
-        far.append(distances.min(axis=1))
+        # Each text has all children of its cluster beside it: gigabytes for all texts at once.
+        step = max(1, _NUMBERS // (max(roots, branching) * vectors.shape[1]))
+        for start in range(0, len(asked), step):
+            mine = vectors[asked[start : start + step]]
+            far.append(_leaf_distances(mine, centroids, roots, branching))
         if progress is not None:
             progress(1)
     return float(np.quantile(np.concatenate(far), WITHIN)) or math.inf
+
+
+def _leaf_distances(
+    vectors: np.ndarray, centroids: Sequence[np.ndarray], roots: int, branching: int
+) -> np.ndarray:
+    """(n,): how far from its leaf (L2) each vector lies, greedily from level to level."""
+    node, fan = np.zeros(len(vectors), np.int64), roots
+    for level in centroids:
+        children = level.reshape(-1, fan, level.shape[1])[node]  # (n, fan, c)
+        distances = np.linalg.norm(children - vectors[:, None], axis=2)
+        node, fan = node * fan + distances.argmin(axis=1), branching
+    nearest: np.ndarray = distances.min(axis=1)
+    return nearest

@@ -131,30 +131,37 @@ class ClusterNames:
         if not path.exists():
             return None
 
-        def wrong(found: str) -> FormatError:
-            return FormatError(f"{path}: {found}; get it again, or make the names anew")
-
         if not path.is_file():  # a pipe would be waited for
-            raise wrong("not a regular file")
+            raise _wrong(path, "not a regular file")
         try:
             with open(path, "rb") as file:
                 data = file.read(_BYTES + 1)
-            if len(data) > _BYTES:
-                raise wrong(f"more than {_BYTES} bytes")
-            table = json.loads(data.decode("utf-8"))
         except OSError as error:
-            raise wrong(f"cannot be read ({error.strerror})") from None
+            raise _wrong(path, f"cannot be read ({error.strerror})") from None
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> ClusterNames:
+        """The names that the file ``path`` holds, given its bytes.
+
+        Raises:
+            FormatError: they are not what docs/format.md says.
+        """
+        if len(data) > _BYTES:
+            raise _wrong(path, f"more than {_BYTES} bytes")
+        try:
+            table = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise wrong(f"not valid JSON ({ascii(str(error))[:80]})") from None
+            raise _wrong(path, f"not valid JSON ({ascii(str(error))[:80]})") from None
         if not isinstance(table, dict) or not all(isinstance(one, list) for one in table.values()):
-            raise wrong("expected an object of lists")
+            raise _wrong(path, "expected an object of lists")
         wanted = [f"level{level}" for level in range(1, len(table) + 1)]
         if sorted(table) != sorted(wanted):
-            raise wrong("expected the keys level1, level2 and so on, and no other")
+            raise _wrong(path, "expected the keys level1, level2 and so on, and no other")
         try:
             return cls([table[key] for key in wanted])
         except FormatError as error:
-            raise wrong(str(error).removeprefix(f"{NAMES}: ")) from None
+            raise _wrong(path, str(error).removeprefix(f"{NAMES}: ")) from None
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -169,6 +176,10 @@ class ClusterNames:
         """
         with AtomicFile(Path(folder), NAMES) as file:
             file.write(self.to_bytes())
+
+
+def _wrong(path: Path, found: str) -> FormatError:
+    return FormatError(f"{path}: {found}; get it again, or make the names anew")
 
 
 def unnamed(cluster: int) -> str:

@@ -7,7 +7,6 @@ they learned far slower, as that is trained to its end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,9 @@ from ..corpus.private import (
 )
 from ..corpus.views import check_views
 from ..engine import MemoryLM
-from ..errors import ConfigError, InputError, TrainingError
+from ..errors import ConfigError, FormatError, InputError, TrainingError
 from ..memories import attach, detach, start_block
-from ..routing.names import ClusterNames, name_tree, unnamed
+from ..routing.names import NAMES, ClusterNames, name_tree, unnamed
 from ..routing.tree import AddedTree
 from .config import TrainConfig
 from .rows import BankRows
@@ -131,7 +130,7 @@ def add_memory(
                 addition.report["roots"],
                 lambda level: stored_rows(addition, settings.name, level),
                 addition.tree,
-                lambda data: _names(data, addition, settings.name),
+                lambda data: _names(data, memory, addition, settings.name),
                 written,
             )
     finally:
@@ -157,6 +156,9 @@ def train_addition(
     extend.check_new(memory, bank, settings.name, settings.roots or 1)
     if lm.tree is None or lm.encoder is None:
         raise ConfigError(f"{lm.bank.folder}: this bank has no tree; train it first")
+    names = ClusterNames.load(memory, lm.bank.file_name(NAMES))
+    if names is not None:  # what is wrong with them is to be told before the training, not after
+        _check_names(names, memory, bank, bank.roots)
     with tqdm(desc="reading", unit=" documents", disable=None) as bar:
         most = min(lm.context_length or _LONGEST, _LONGEST)
         corpus = read_private(data, folder, most, settings.text_field, settings.views, bar.update)
@@ -253,12 +255,25 @@ def stored_rows(addition: Addition, name: str, level: int) -> Iterator[np.ndarra
         yield stored if packer is None else packer.pack(stored, where)
 
 
-def _names(data: bytes, addition: Addition, name: str) -> bytes:
-    """``names.json`` with names of the new clusters."""
+def _check_names(names: ClusterNames, memory: Path, config: MemoryConfig, roots: int) -> None:
+    """Raise FormatError where these are not the names of the clusters of a bank."""
+    try:
+        names.check(config.branching, config.levels, roots)
+    except FormatError as error:  # begins with the file's name
+        raise FormatError(f"{memory}/{error}") from None
+
+
+def _names(data: bytes, memory: Path, addition: Addition, name: str) -> bytes:
+    """``names.json`` with names of the new clusters.
+
+    Raises:
+        FormatError: it has been changed during the training, and is not what it should be.
+    """
     config, corpus = addition.config, addition.corpus
-    table = json.loads(data)
-    levels = [list(table[f"level{level}"]) for level in range(1, len(table) + 1)]
     roots, k = config.added_roots()[name], config.branching
+    now = ClusterNames.parse(data, memory / NAMES)
+    _check_names(now, memory, config, roots.start)
+    levels = [list(one) for one in now.levels]
     below = k ** (config.levels - len(levels))
     members: dict[int, list[str]] = {}
     for leaf, text in zip(addition.leaves.tolist(), corpus.texts, strict=True):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..anchors import load_anchor
+from ..bank.blocked import BLOCKED
 from ..bank.checksums import CHECKSUMS
 from ..bank.dtypes import to_storage
 from ..bank.files import find
@@ -221,7 +222,7 @@ def _routing_files(folder: Path) -> list[str]:
     names = [
         path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()
     ]
-    bank = {CONFIG, GENERIC, MANIFEST}
+    bank = {CONFIG, GENERIC, MANIFEST, CHECKSUMS, BLOCKED}
     if any(map(is_added_tree, names)):
         bank.add(NAMES)  # some are of added memories
     return [

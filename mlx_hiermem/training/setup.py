@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..anchors import load_anchor, openlm
 from ..backend import device_facts
+from ..bank.blocked import BlockedBlocks, show_blocks
 from ..bank.layout import CONFIG
 from ..bank.manifest import MANIFEST
 from ..bank.reader import BlockReader
@@ -293,7 +294,8 @@ def open_rows(
             zeros. One without a tree goes with any.
 
     Raises:
-        TrainingError: that bank is of another tree or memory config.
+        TrainingError: that bank is of another tree or memory config, or not all of its blocks are
+            to be trained on from: some are added, blocked or removed.
     """
     if memory is None:
 
@@ -313,6 +315,7 @@ def open_rows(
             f"{memory}: has added memories ({names}), which a run would leave out; train the bank "
             "without them and add them to the result, or give --fresh-memory to start another"
         )
+    _check_blocked(memory, reader.blocked)
     routed = (memory / TREE).is_file()
     for name in ("kind", "ranks", "branching", "layers", *(["encoder"] if routed else [])):
         theirs, ours = getattr(reader.config, name), getattr(config, name)
@@ -334,6 +337,26 @@ def open_rows(
         return block if block.any() else start_block(config, level, cluster, seed)
 
     return BankRows(config, stored, state, budget)
+
+
+def _check_blocked(memory: Path, blocked: BlockedBlocks) -> None:
+    """Raise TrainingError where blocks of a bank are switched off or gone.
+
+    A run fetches and trains every block, and its result is a new bank, without the list: so what
+    was blocked or removed would work again, and nobody would have said so.
+    """
+    if blocked:
+        raise TrainingError(
+            f"{memory}: has blocked blocks ({show_blocks(blocked)}), which a run would train and "
+            "switch on again; unblock them first, in a copy of the model if need be (mlx_hiermem "
+            "bank unblock), or give --fresh-memory to start another bank"
+        )
+    if blocked.removed:
+        raise TrainingError(
+            f"{memory}: has removed blocks ({show_blocks(blocked.removed)}), which a run would "
+            "train anew from the corpus; if they may come back, put zeros in their place "
+            "(docs/training.md), or give --fresh-memory to start another bank"
+        )
 
 
 def of_subtree(

@@ -360,6 +360,34 @@ def test_a_bank_without_a_tree_is_refused(model, capsys):
     assert _files(model) == before
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{", "names.json: not valid JSON"),
+        ("[]", "names.json: expected an object of lists"),
+        ('{"level2": []}', "names.json: expected the keys level1, level2"),
+        ('{"level1": ["a", "b"]}', "memory/names.json: names for 2 clusters at level 1"),
+    ],
+)
+def test_names_that_are_damaged_are_told_before_the_training(
+    model, capsys, monkeypatch, text, found
+):
+    (model / "memory" / "names.json").write_text(text)
+    write_manifest(model / "memory")
+    before = _files(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_hiermem.training.adding.read_private", lambda *_: 1 / 0)
+        assert _add(model) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and found in line, line
+    # So they are where they were changed while it trained.
+    monkeypatch.setattr("mlx_hiermem.training.adding.ClusterNames.load", lambda *_: None)
+    assert _add(model) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and found in line and "Traceback" not in line, line
+    assert _files(model) == before
+
+
 # ---- where a bank goes on to -------------------------------------------------------------
 
 

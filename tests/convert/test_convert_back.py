@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mlx_hiermem.bank.edit import BankEdit
 from mlx_hiermem.bank.manifest import read_manifest
+from mlx_hiermem.bank.remove import remove
 from mlx_hiermem.cli import main
 from mlx_hiermem.convert.bank import to_torch as to_torch_module
 from tests.convert.checkpoints import MATRICES, make_numbers, write_stacked
@@ -144,6 +146,24 @@ def test_quantised_ones_are_refused(tmp_path, capsys):
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
         assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".back*"))
+
+
+def test_blocked_blocks_are_refused_and_removed_ones_are_zeros(tmp_path, capsys):
+    tiny = make_tiny_model(tmp_path / "tiny", branching=3, ranks=(4, 2))
+    remove(tiny / "memory", [(2, 4)])
+    with BankEdit(tiny / "memory") as edit:
+        edit.set_blocked([(1, 2), (2, 7)])
+    assert back(tiny, tmp_path / "back") == 2
+    captured = capsys.readouterr()
+    assert "has blocked blocks (1:2, 2:7)" in captured.err and captured.err.count("\n") == 1
+    assert "bank unblock" in captured.err and captured.out == ""
+    assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".back*"))
+    with BankEdit(tiny / "memory") as edit:
+        edit.set_blocked([])
+    assert back(tiny, tmp_path / "back") == 0
+    found = {n: t for n, t in state_of(tmp_path / "back").items() if n.startswith("memory.level2.")}
+    assert found and not any(tensor[4].any() for tensor in found.values())
+    assert all(tensor[7].any() for tensor in found.values())
 
 
 @pytest.mark.parametrize(

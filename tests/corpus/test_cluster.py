@@ -401,6 +401,34 @@ def test_two_processes_do_not_work_on_one_folder(config, tmp_path):
             build_corpus(tmp_path / "c", config)
 
 
+def test_a_corpus_that_another_process_has_finished_meanwhile_stays(
+    config, made, tmp_path, monkeypatch
+):
+    out = tmp_path / "c"
+
+    def check_then_finish(folder):
+        plan.check_folder(folder)
+        shutil.copytree(made, folder, ignore=shutil.ignore_patterns("work"))
+
+    monkeypatch.setattr(build, "check_folder", check_then_finish)
+    with pytest.raises(InputError, match="is a corpus already"):
+        build_corpus(out, config, unit_bytes=UNIT)
+    assert files_of(out) == result_of(made) and not (out / "work").exists()
+
+
+def test_an_interrupt_while_the_work_is_removed_leaves_the_corpus(
+    config, made, tmp_path, monkeypatch
+):
+    def interrupted(work):
+        work.plan.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "remove_work", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_corpus(tmp_path / "c", config, unit_bytes=UNIT)
+    assert result_of(tmp_path / "c") == result_of(made)
+
+
 # ---- trees and encoders ----------------------------------------------------------------
 
 

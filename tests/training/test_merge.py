@@ -17,6 +17,7 @@ import mlx_hiermem
 from mlx_hiermem import cli
 from mlx_hiermem.anchors import load_anchor
 from mlx_hiermem.bank import layout
+from mlx_hiermem.bank.edit import BankEdit
 from mlx_hiermem.bank.reader import BlockReader
 from mlx_hiermem.bank.writer import write_bank
 from mlx_hiermem.config import MemoryConfig
@@ -176,6 +177,22 @@ def test_the_tree_may_come_from_any_run_or_from_the_anchor(source, runs, tmp_pat
     shutil.rmtree(runs[0] / "subtree" / "routing")
     with pytest.raises(TrainingError, match="no routing/tree.safetensors there or beside any"):
         merge(runs, bare, tmp_path / "three")
+
+
+def test_of_the_anchors_bank_only_what_routes_is_taken(source, runs, tmp_path):
+    """Not its checksums, which are of other blocks, nor the list of those that are blocked."""
+    for run in runs:
+        shutil.rmtree(run / "subtree" / "routing")
+    other = make_tiny_model(tmp_path / "other", ranks=(2, 1, 1))
+    for name in ("tree.safetensors", "encoder.safetensors"):
+        assert contents(other / "memory")[name] == contents(source / "memory")[name]
+    with BankEdit(other / "memory") as bank:
+        bank.set_blocked([(1, 1), (3, 5)])
+    path = other / "memory" / "checksums.safetensors"
+    path.write_bytes(path.read_bytes().ljust(1 << 17))  # more than this bank's can have
+    report = merge(runs, other, tmp_path / "out", generic=source)
+    assert report.routing == str(other / "memory")
+    assert contents(tmp_path / "out" / "memory") == contents(source / "memory")
 
 
 def test_where_files_cannot_be_linked_they_are_copied(source, runs, tmp_path, monkeypatch):
