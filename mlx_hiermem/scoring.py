@@ -2,6 +2,11 @@
 
 One batch may hold a different memory for each sequence. Sequences are padded at the end, where the
 causal mask keeps the padding from being seen.
+
+What is held at once is bounded, since logits are large: 2,000 tokens and a vocabulary of 128,256
+make 1 GB of them. So sequences of about one length share a batch, a batch has as many as fit, and a
+sequence that does not fit alone goes through the prompt cache in pieces. The last hidden states
+first and then the head would do as well, but what lies between the two is each anchor's own.
 """
 
 from __future__ import annotations
@@ -14,12 +19,22 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from .anchors.vocabulary import check_tokens
 from .errors import InputError
 from .refetch import DEFAULT_KV_CACHE, Refetch
 
 if TYPE_CHECKING:
     from .conversation import KeptCache
-    from .engine import Memory, MemoryLM
+    from .engine import Fetched, Memory, MemoryLM
+
+#: Bytes that the float32 logits of one step may take.
+LOGITS_BYTES = 2**29
+
+#: Bytes that the memories of a batch may take, one copy for each sequence.
+MEMORY_BYTES = 2**29
+
+#: Tokens of a sequence that are fed at once, as in mlx-lm: attention takes memory too.
+_PREFILL = 2048
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Scored:
 def score(
     lm: MemoryLM, pairs: Sequence[tuple[str, str]], memories: Sequence[mx.array | None]
 ) -> list[tuple[float, bool]]:
-    """Score continuations after contexts, as one batch.
+    """Score continuations after contexts.
 
     Args:
         pairs: (context, continuation).
@@ -63,13 +78,13 @@ def score(
             )
         rows.append(tokens)
         starts.append(start)
-    logprobs, greedy = _token_scores(lm, rows, memories)
-    results = []
-    for row, start, values, is_best in zip(rows, starts, logprobs, greedy, strict=True):
-        # Position t predicts token t + 1.
-        of_continuation = slice(start - 1, len(row) - 1)
-        results.append((float(values[of_continuation].sum()), bool(is_best[of_continuation].all())))
-    return results
+    # Position t predicts token t + 1.
+    return [
+        (float(logprobs[start - 1 :].sum()), bool(greedy[start - 1 :].all()))
+        for start, (logprobs, greedy) in zip(
+            starts, _token_scores(lm, rows, memories, len(rows)), strict=True
+        )
+    ]
 
 
 def split_tokens(lm: MemoryLM, context: str, continuation: str) -> tuple[list[int], int]:
@@ -93,9 +108,14 @@ def split_tokens(lm: MemoryLM, context: str, continuation: str) -> tuple[list[in
 def perplexity(lm: MemoryLM, texts: Sequence[str], memory: Memory, batch_size: int = 16) -> float:
     """Perplexity per token: exp of the mean negative log-probability of all but first tokens."""
     total, count = 0.0, 0
-    for start in range(0, len(texts), batch_size):
-        windows, memories = [], []
-        batch = texts[start : start + batch_size]
+    texts = sorted(texts, key=len)  # so that little of a batch is padding
+    together = batch_size
+    if isinstance(memory, str) and memory == "fetched":  # any other is one memory for all
+        together = min(batch_size, _memories_at_once(lm))
+    for start in range(0, len(texts), together):
+        windows: list[list[int]] = []
+        owners: list[Fetched] = []
+        batch = texts[start : start + together]
         fetched = lm.fetch_batch(memory, batch)
         for text, found in zip(batch, fetched, strict=True):
             tokens = lm.tokenize(text)
@@ -103,18 +123,15 @@ def perplexity(lm: MemoryLM, texts: Sequence[str], memory: Memory, batch_size: i
             for first in range(0, len(tokens), length):
                 if len(window := tokens[first : first + length]) > 1:
                     windows.append(window)
-                    memories.append(found.memory)
-        # A long text has many windows, so what was gathered is scored in batches again.
-        for first in range(0, len(windows), batch_size):
-            rows = windows[first : first + batch_size]
-            logprobs, _ = _token_scores(lm, rows, memories[first : first + batch_size])
-            for row, values in zip(rows, logprobs, strict=True):
-                total -= float(values[: len(row) - 1].sum())
-                count += len(row) - 1
+                    owners.append(found)
+        scores = _token_scores(lm, windows, [found.memory for found in owners], batch_size)
+        for found, (logprobs, _) in zip(owners, scores, strict=True):
+            if np.isnan(logprobs).any():
+                raise lm.not_a_number(found)
+            total -= float(logprobs.sum())
+            count += len(logprobs)
         for found in fetched:  # all that they led to are numbers by now
             found.release()
-        if math.isnan(total):
-            raise lm.not_a_number(fetched[0])
     if not count:
         raise InputError("the texts hold no two tokens in a row; perplexity needs longer ones")
     return math.exp(total / count)
@@ -140,9 +157,11 @@ def score_answer(
         prompt, memory, route_on, refetch, kv_cache, kept: as in ``MemoryLM.stream``.
 
     Raises:
-        InputError: the answer is empty, or longer than the context has room for.
+        InputError: the answer is empty, longer than the context has room for, or has a token that
+            the anchor has not.
     """
     answer = [int(token) for token in answer]
+    check_tokens("the answer", answer, lm.vocabulary)
     policy = Refetch.parse(refetch, kv_cache)
     run = lm._begin(prompt, memory, max(1, len(answer)), route_on, policy, kept)
     if not 0 < len(answer) <= run.max_tokens:
@@ -151,23 +170,25 @@ def score_answer(
             "context ends"
         )
     scores: list[np.ndarray] = []
+    step = min(_PREFILL, _positions_at_once(lm))
 
-    def feed(tokens: list[int], first: int, count: int) -> None:
-        """Feed tokens; the last ``count`` outputs predict the answer's tokens from ``first`` on."""
-        logits = lm.model(mx.array(tokens)[None], cache=run.cache)[0].astype(mx.float32)
-        targets = mx.array(answer[first : first + count])
+    def feed(tokens: list[int], first: int) -> None:
+        """Feed tokens whose outputs predict the answer's tokens from ``first`` on."""
+        logits = lm.model(mx.array(tokens)[None], cache=run.cache)[0]
+        targets = mx.array(answer[first : first + len(tokens)])
         if len(targets):
-            logits = logits[-count:][: len(targets)]
-            chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
-            scores.append(np.array(chosen - mx.logsumexp(logits, axis=-1)))
+            scores.append(np.array(_logprobs(logits[: len(targets)], targets)[0]))
 
     with lm._generating(run):
-        feed(run.to_prefill, 0, 1)
+        *before, last = run.to_prefill
+        for start in range(0, len(before), _PREFILL):
+            lm.model(mx.array(before[start : start + _PREFILL])[None], cache=run.cache)
+            mx.eval([entry.state for entry in run.cache])  # and so no logits
+        feed([last], 0)
         done = 0
         while done < len(answer):
-            count = run.until_due()
-            piece = answer[done : done + count]
-            feed(piece, done + 1, len(piece))
+            piece = answer[done : done + min(run.until_due(), step)]
+            feed(piece, done + 1)
             run.add(piece)
             done += len(piece)
             run.refetch_if_due()
@@ -176,25 +197,85 @@ def score_answer(
 
 
 def _token_scores(
-    lm: MemoryLM, rows: Sequence[Sequence[int]], memories: Sequence[mx.array | None]
+    lm: MemoryLM,
+    rows: Sequence[Sequence[int]],
+    memories: Sequence[mx.array | None],
+    most: int,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Score each token of each row but the first.
+
+    Args:
+        rows: tokens, two or more in each.
+        memories: as in :func:`score`.
+        most: rows in a batch; there are fewer where more would not fit.
+
+    Returns:
+        Per row the log-probabilities, (T - 1,) float32, in nats, and whether each token is the
+        likeliest, (T - 1,) bool.
+    """
+    for row in rows:
+        check_tokens("the text", row, lm.vocabulary)
+    if len({memory is None for memory in memories}) > 1:
+        raise InputError("a batch is scored with memory on or off for all; split it in two")
+    if any(memory is not memories[0] for memory in memories):
+        most = min(most, _memories_at_once(lm))
+    positions = _positions_at_once(lm)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    while len(found) < len(rows):
+        first = len(found)
+        count = max(1, min(most, positions // len(rows[order[first]])))
+        batch = order[first : first + count]
+        logprobs, greedy = _batch_scores(
+            lm,
+            [rows[i] for i in batch],
+            [memories[i] for i in batch],
+            min(_PREFILL, max(1, positions // len(batch))),
+        )
+        for i, values, best in zip(batch, logprobs, greedy, strict=True):
+            found[i] = values[: len(rows[i]) - 1], best[: len(rows[i]) - 1]
+    return [found[i] for i in range(len(rows))]
+
+
+def _batch_scores(
+    lm: MemoryLM, rows: Sequence[Sequence[int]], memories: Sequence[mx.array | None], step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of each next token (B, T - 1) float32, and whether it is the likeliest."""
+    """As :func:`_token_scores`, in one batch, both (B, T - 1) of the longest row's T; what stands
+    behind a shorter row means nothing. ``step`` positions of each row are fed at once."""
     length = max(map(len, rows))
     tokens = np.zeros((len(rows), length), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
     given = [memory for memory in memories if memory is not None]
-    if given and len(given) != len(rows):
-        raise InputError("a batch is scored with memory on or off for all; split it in two")
     memory = None
     if given:
         # One memory for all needs no copy for each sequence.
         same = all(other is given[0] for other in given)
         memory = given[0] if same else mx.concatenate(given)
-    batch = mx.array(tokens)
-    logits = lm.model(batch[:, :-1], memory=memory).astype(mx.float32)  # (B, T - 1, V)
-    targets = batch[:, 1:]
-    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    logprobs = chosen - mx.logsumexp(logits, axis=-1)
-    greedy = logits.argmax(axis=-1) == targets
+    inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
+    cache = lm.model.make_cache() if length - 1 > step else None
+    pieces = []
+    for start in range(0, length - 1, step):
+        logits = lm.model(inputs[:, start : start + step], cache=cache, memory=memory)
+        pieces.append(_logprobs(logits, targets[:, start : start + step]))
+        mx.eval(pieces[-1], [entry.state for entry in cache or ()])
+    logprobs, greedy = (mx.concatenate(list(one), axis=1) for one in zip(*pieces, strict=True))
     return np.array(logprobs), np.array(greedy)
+
+
+def _logprobs(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Log-probabilities of targets (..., T) under logits (..., T, V), float32, and whether each is
+    the likeliest."""
+    logits = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    return chosen - mx.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
+
+
+def _positions_at_once(lm: MemoryLM) -> int:
+    """Positions whose logits may be there at once."""
+    return max(1, LOGITS_BYTES // (4 * lm.vocabulary))
+
+
+def _memories_at_once(lm: MemoryLM) -> int:
+    """Different memories that may be there at once."""
+    return max(1, MEMORY_BYTES // (lm.bank.config.fetch_size() * lm.dtype.size))

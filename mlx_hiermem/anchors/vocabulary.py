@@ -8,16 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
 
 
 def vocabulary(model: nn.Module) -> int:
-    """The rows of a model's token embeddings; where they are of no kind of MLX's, 2^31."""
+    """The rows of a model's token embeddings; where they are of no kind of MLX's, those of its
+    output head.
+
+    Args:
+        model: with memories attached.
+    """
     kinds = nn.Embedding | nn.QuantizedEmbedding
-    tables = (len(module.weight) for module in model.modules() if isinstance(module, kinds))
-    return max(tables, default=1 << 31)
+    tables = [len(module.weight) for module in model.modules() if isinstance(module, kinds)]
+    if tables:
+        return max(tables)
+    logits = model(mx.array([[0]]), cache=model.make_cache())
+    return logits.shape[-1]  # known before anything is computed
 
 
 def check_tokens(name: str, tokens: Iterable[int], rows: int) -> None:

@@ -6,9 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import InputError
-from ..models import find_model
-from .evaluate_facts import percent
-from .options import load_model
+from .evaluate_facts import open_model, percent
 from .tables import table
 
 
@@ -37,9 +35,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..evaluation import atomic, facts
     from ..evaluation.names import corpus_texts
 
-    model = find_model(args.model)
-    args.model = model
-    lm = load_model(args)
+    lm = open_model(args)
     counts = None
     if args.corpus:
         counts = atomic.count_elements(corpus_texts(args.corpus, args.text_field))
@@ -49,7 +45,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             )
     asked, buckets = atomic.questions(counts)
     asked = asked[: args.limit]
-    control_file = model / facts.CONTROL_FILE
+    control_file = args.model / facts.CONTROL_FILE
     control = facts.load_control(lm, control_file) if control_file.exists() else None
     hits = atomic.answer(lm, asked, control)
     result: dict[str, Any] = facts.by_bucket(asked, buckets, hits)

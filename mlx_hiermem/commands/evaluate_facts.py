@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..models import find_model
 from .options import load_model
 from .tables import table
+
+if TYPE_CHECKING:
+    from ..engine import MemoryLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +59,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, "\n\n".join(parts)
 
 
+def open_model(args: argparse.Namespace) -> MemoryLM:
+    """The model, with its folder as ``args.model``, for what else is read from there.
+
+    The folder is found once, with the revision and the part that are wanted, so that all is of one
+    commit even if the branch of a Hub repository moves meanwhile.
+
+    Raises:
+        ConfigError, FormatError, BudgetError, PathError: as :func:`mlx_hiermem.load`.
+    """
+    from ..bank.parts import Part
+
+    args.model = find_model(args.model, args.revision, Part.of(args.levels, args.subtrees))
+    return load_model(args)
+
+
 def open_questions(args: argparse.Namespace) -> tuple[Any, list[Any], list[str]]:
     """The model, its first ``--limit`` questions, and the names of the buckets."""
     from ..evaluation.facts import QUESTIONS_FILE, read_questions
 
-    args.model = find_model(args.model)
-    lm = load_model(args)
+    lm = open_model(args)
     leaf_clusters = lm.bank.config.clusters(lm.bank.config.levels)
     questions, buckets = read_questions(args.model / QUESTIONS_FILE, leaf_clusters)
     return lm, questions[: args.limit], buckets

@@ -6,9 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..models import find_model
+from .evaluate_facts import open_model
 from .generate import parse_block
-from .options import load_model
 from .tables import table
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     if args.candidates is not None and args.candidates < 2:
         raise InputError(f"--candidates is {args.candidates}; expected at least 2")
-    args.model = find_model(args.model)
-    lm = load_model(args)
+    lm = open_model(args)
     removed = _removed(args, lm)
     leaves = lm.bank.config.clusters(lm.bank.config.levels)
     pool, _ = read_questions(args.model / "evaluation" / "facts.jsonl.gz", leaves)

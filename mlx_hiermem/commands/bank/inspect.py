@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-from ..options import add_model_arguments, load_model, open_bank
+from ..evaluate_facts import open_model
+from ..options import add_model_arguments, open_bank
 from ..tables import table
 
 if TYPE_CHECKING:
@@ -61,13 +62,11 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
             return _report(args, bank, _corpus(args, bank))
     from . import uses
 
-    lm = load_model(args)
+    lm = open_model(args)
     with lm.bank as bank:
         if args.text is not None:
             return _report(args, bank, uses.of_text(lm, args.text))
-        from ...models import find_model
-
-        return _report(args, bank, uses.of_questions(lm, find_model(args.model, args.revision)))
+        return _report(args, bank, uses.of_questions(lm, args.model))
 
 
 def _check(args: argparse.Namespace) -> None:
