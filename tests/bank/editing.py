@@ -58,9 +58,9 @@ def look(folder: Path) -> tuple[str, tuple[int, ...]]:
 
 
 def main(action: str, folder: str, number: str, step: str | None = None) -> None:
+    print("ready", flush=True)
     if action == "edit":
         first = int(number)
-        print("ready", flush=True)
         edit(Path(folder), range(first, first + 1000), step)
         return
     end, seen = time.monotonic() + float(number), set()

@@ -270,6 +270,8 @@ def test_kills_at_50_random_moments(folder):
 
 def test_two_processes_read_while_one_edits(folder):
     readers = [_run("read", folder, 2.5) for _ in range(2)]
+    for reader in readers:
+        assert reader.stdout.readline() == "ready\n"
     end, number = time.monotonic() + 2.5, 0
     while time.monotonic() < end:
         number += 1
