@@ -149,6 +149,7 @@ FREE: dict[str, Call] = {
     "Prefetch.done": lambda s, n: s.ahead.wait() and s.ahead.done,
     "Prefetch.wait": lambda s, n: s.ahead.wait(10),
     "Conversation.is_kept": lambda s, n: s.talk.is_kept,
+    "Conversation.refetch": lambda s, n: s.talk.refetch,
     "ClusterTree.added_bytes": lambda s, n: s.tree.with_added([_added()]).added_bytes(0),
     "ClusterTree.assign": lambda s, n: [_bytes(one) for one in s.tree.assign(_vectors(n))],
     "ClusterTree.branching": lambda s, n: s.tree.branching,
