@@ -64,7 +64,7 @@ def find(folder: Path, name: str) -> Path:
         reason = getattr(error, "strerror", None) or "a loop of links"
         raise FormatError(f"{path}: cannot be read ({reason})") from None
     home = folder.resolve()
-    if not any(real.is_relative_to(root) for root in (home, *_hub_blobs(home))):
+    if not any(real.is_relative_to(root) for root in (home, *hub_blobs(home))):
         raise FormatError(
             f"{path}: is a link to {real}, outside of the folder; put the file itself there"
         )
@@ -73,7 +73,8 @@ def find(folder: Path, name: str) -> Path:
     return real
 
 
-def _hub_blobs(home: Path) -> list[Path]:
+def hub_blobs(home: Path) -> list[Path]:
+    """Where the links of a folder may lead that lies in a cache of the Hub; none if it does not."""
     # .../models--owner--name/snapshots/<revision>/memory -> .../models--owner--name/blobs
     return [
         parent.parent / "blobs"

@@ -206,26 +206,19 @@ def editable_folder(args: argparse.Namespace) -> Path:
         InputError: it is of a model that ships with the package, which everybody takes as it is, or
             lies in the Hub's cache, where a change is lost with the next download.
     """
+    from ..bank.files import hub_blobs
     from ..models import is_shipped
 
     folder = memory_folder(args)
     if is_shipped(folder):
         reason, copy = "ships with the package and is not changed", "cp -r"
-    elif _of_the_hub(folder):
+    elif hub_blobs(folder.resolve()):
         reason, copy = "lies in the cache of the Hub, which is not changed", "cp -rL"
     else:
         return folder
     raise InputError(
         f"{args.model or folder}: {reason}; copy it first ({copy} {folder.parent} my-model), and "
         "give --model my-model"
-    )
-
-
-def _of_the_hub(folder: Path) -> bool:
-    """Whether a folder is of a snapshot: .../models--owner--name/snapshots/<commit>/memory."""
-    return any(
-        path.name == "snapshots" and path.parent.name.startswith("models--")
-        for path in folder.resolve().parents
     )
 
 
